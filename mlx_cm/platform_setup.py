@@ -1,0 +1,25 @@
+"""What has to happen before `mlx.core` is first imported. Only Linux needs any of it."""
+
+import ctypes
+import os
+import shutil
+import sys
+
+OPENBLAS = "libopenblas.so.0"
+
+
+def prepare() -> None:
+    """Makes MLX's CPU back end fast where OpenBLAS is installed, and usable where no C++ compiler is.
+
+    The Linux wheel carries the reference BLAS; OpenBLAS loaded first with global symbols takes its place and makes
+    matrix products 20-40 times faster. MLX's CPU `mx.compile` calls `g++` when it runs, even inside `nn.silu`.
+    """
+    if sys.platform != "linux":
+        return
+    if "mlx.core" not in sys.modules:
+        try:
+            ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            pass  # slower, not wrong
+    if shutil.which("g++") is None:
+        os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
