@@ -4,7 +4,7 @@ Layout: images are (B, H, W, C) in [-1, 1]; every array is channels-last.
 
 Sources cited in docstrings:
     [CM]   Song, Dhariwal, Chen, Sutskever: Consistency Models, arXiv 2303.01469
-    [EDM]  Karras, Aittala, Aila, Laine: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364
+    [EDM]  Karras, Aittala, Aila, Laine: The Design Space of Diffusion-Based Generative Models, arXiv 2206.00364
     [CTM]  Kim et al.: Consistency Trajectory Models, arXiv 2310.02279
     [LCM]  Luo, Tan, Huang, Li, Zhao: Latent Consistency Models, arXiv 2310.04378
     [TCD]  Zheng et al.: Trajectory Consistency Distillation, arXiv 2402.19159

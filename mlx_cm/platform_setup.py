@@ -1,5 +1,6 @@
 """What has to happen before `mlx.core` is first imported. Only Linux needs any of it."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -17,9 +18,7 @@ def prepare() -> None:
     if sys.platform != "linux":
         return
     if "mlx.core" not in sys.modules:
-        try:
+        with contextlib.suppress(OSError):  # without it everything is slower, not wrong
             ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            pass  # slower, not wrong
     if shutil.which("g++") is None:
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")

@@ -1,0 +1,1 @@
+"""Name tables: which tensor of a published checkpoint is which parameter of a model."""

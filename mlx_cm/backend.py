@@ -1,0 +1,76 @@
+"""The operations whose best form depends on where they run: one function each, the same result on every back end.
+
+On a GPU (Metal, CUDA) these are MLX's own kernels. MLX's CPU build has no vector code for reductions and transcendental
+functions and accumulates rows serially, so there the same mathematics is arranged differently.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def on_gpu() -> bool:
+    """Whether arrays are computed on a GPU by default."""
+    return mx.default_device().type == mx.gpu
+
+
+def default_dtype() -> mx.Dtype:
+    """float16 on a GPU; float32 on a CPU, where half-precision products are 50-200 times slower."""
+    return mx.float16 if on_gpu() else mx.float32
+
+
+def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float) -> mx.array:
+    """Normalises groups of adjacent channels over all positions, with float32 statistics.
+
+    Args:
+        x: (B, ..., C); weight and bias (C,).
+
+    Returns:
+        x's shape and type.
+    """
+    normalise = _group_norm_kernel if on_gpu() else _group_norm_sums
+    return normalise(x, groups, eps).astype(x.dtype) * weight + bias
+
+
+def _group_norm_kernel(x: mx.array, groups: int, eps: float) -> mx.array:
+    """`mx.fast.layer_norm` over the rows of a group: one kernel, float32 accumulation whatever the type of x."""
+    batch, *positions, channels = x.shape
+    rows = x.reshape(batch, -1, groups, channels // groups).swapaxes(1, 2)  # (B, G, HW, C/G)
+    flat = mx.fast.layer_norm(rows.reshape(batch, groups, -1), weight=None, bias=None, eps=eps)
+    return flat.reshape(batch, groups, -1, channels // groups).swapaxes(1, 2).reshape(batch, *positions, channels)
+
+
+def _group_norm_sums(x: mx.array, groups: int, eps: float) -> mx.array:
+    """Sums over the positions axis by axis, then the group's channels: short sums, a thousand times more accurate.
+
+    A serial float32 sum over all of a large map's values loses three digits.
+    """
+    batch, *positions, channels = x.shape
+    x = x.astype(mx.float32)
+    count = x[0].size // groups
+
+    def per_channel(total_of: mx.array) -> mx.array:  # (B, ..., C) => (B, 1, ..., 1, C), equal within a group
+        for axis in range(len(positions), 0, -1):
+            total_of = total_of.sum(axis=axis, keepdims=True)
+        grouped = total_of.reshape(batch, groups, channels // groups).sum(axis=-1, keepdims=True) / count
+        full = mx.broadcast_to(grouped, (batch, groups, channels // groups))
+        return full.reshape(batch, *([1] * len(positions)), channels)
+
+    centred = x - per_channel(x)
+    return centred * mx.rsqrt(per_channel(mx.square(centred)) + eps)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x). One fused kernel on a GPU; on a CPU compiling it would call g++ at run time for no gain."""
+    return nn.silu(x) if on_gpu() else x * mx.sigmoid(x)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """softmax(scale q k^T) v with a float32 softmax.
+
+    Args:
+        q, k, v: (B, heads, tokens, head size).
+
+    Returns:
+        (B, heads, tokens, head size).
+    """
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)

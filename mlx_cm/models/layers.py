@@ -1,0 +1,190 @@
+"""Layers that more than one backbone is made of. Parameter names are diffusers' names, arrays are channels-last."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cm import backend
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with float32 statistics and affine parameters `weight`, `bias` of shape (channels,)."""
+
+    def __init__(self, groups: int, channels: int, eps: float):
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{channels} channels cannot be split into {groups} groups")
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return backend.group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+def sinusoidal_embedding(t: mx.array, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
+    """Sinusoids of t at geometrically falling frequencies exp(-ln(10000) i / (width/2 - freq_shift)).
+
+    The diffusers `Timesteps` function; with the defaults the one of OpenAI's U-Nets: cosines first.
+
+    Args:
+        t: shape (B,).
+
+    Returns:
+        float32, shape (B, width); an odd width ends in a zero.
+    """
+    half = width // 2
+    frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(10000.0) / (half - freq_shift)))
+    angles = t.astype(mx.float32)[:, None] * frequencies
+    parts = [mx.cos(angles), mx.sin(angles)] if flip_sin_to_cos else [mx.sin(angles), mx.cos(angles)]
+    embedding = mx.concatenate(parts, axis=-1)
+    return mx.pad(embedding, [(0, 0), (0, width % 2)])
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between: sinusoid (B, in) => embedding (B, width)."""
+
+    def __init__(self, in_channels: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def __call__(self, sinusoid: mx.array) -> mx.array:
+        return self.linear_2(backend.silu(self.linear_1(sinusoid)))
+
+
+def upsample_nearest(x: mx.array) -> mx.array:
+    """Doubles height and width by repetition: (B, H, W, C) => (B, 2H, 2W, C)."""
+    batch, height, width, channels = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def downsample_mean(x: mx.array) -> mx.array:
+    """Halves height and width by 2x2 means, an odd last row or column left out: (B, H, W, C) => (B, H//2, W//2, C)."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+
+
+RESAMPLERS = {"up": upsample_nearest, "down": downsample_mean}
+
+
+class ResnetBlock2D(nn.Module):
+    """Residual block conditioned on an embedding of noise level and class.
+
+    [ADM] appendix A; the reference is OpenAI's `ResBlock`, the names are diffusers'.
+
+    Args:
+        in_channels, out_channels: the 1x1 shortcut exists where they differ.
+        embedding_channels: width of the embedding; None for a block without one.
+        groups, eps: of both normalisations.
+        scale_shift: the embedding scales and shifts the second normalisation instead of being added before it.
+        resample: "up" or "down" also doubles or halves height and width, None keeps them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int | None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if embedding_channels is not None:
+            self.time_emb_proj = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.scale_shift, self.resample = scale_shift, resample
+
+    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
+        """x (B, H, W, C), embedding (B, E) already through SiLU => (B, H', W', C')."""
+        h = backend.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = RESAMPLERS[self.resample](h), RESAMPLERS[self.resample](x)
+        h = self.conv1(h)
+        if embedding is None:
+            h = self.norm2(h)
+        else:
+            projected = self.time_emb_proj(embedding)[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = mx.split(projected, 2, axis=-1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + projected)
+        h = self.conv2(backend.silu(h))
+        return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
+
+
+class Downsample2D(nn.Module):
+    """3x3 convolution with stride 2.
+
+    Args:
+        padding: 1 on all sides as in U-Nets; 0 pads right and bottom only, as VAE encoders do.
+    """
+
+    def __init__(self, channels: int, *, padding: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.padding = padding
+
+    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
+        if self.padding == 0:
+            x = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour doubling followed by a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
+        return self.conv(upsample_nearest(x))
+
+
+class SelfAttention2D(nn.Module):
+    """Residual self-attention among the positions of a map.
+
+    [ADM] section 3.1; diffusers' `Attention` with a group norm and a residual connection.
+
+    Args:
+        head_channels: channels per head.
+        groups: of the normalisation before; None for none.
+    """
+
+    def __init__(self, channels: int, head_channels: int, *, groups: int | None, eps: float = 1e-5):
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"{channels} channels cannot be split into heads of {head_channels}")
+        if groups is not None:
+            self.group_norm = GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = [nn.Linear(channels, channels)]
+        self.heads = channels // head_channels
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) => (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        h = self.group_norm(x) if "group_norm" in self else x
+        h = h.reshape(batch, height * width, channels)
+        q, k, v = (
+            projection(h).reshape(batch, height * width, self.heads, -1).swapaxes(1, 2)  # (B, heads, HW, C/heads)
+            for projection in (self.to_q, self.to_k, self.to_v)
+        )
+        h = backend.attention(q, k, v, scale=(channels // self.heads) ** -0.5)
+        h = self.to_out[0](h.swapaxes(1, 2).reshape(batch, height * width, channels))
+        return x + h.reshape(batch, height, width, channels)

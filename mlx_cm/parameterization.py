@@ -1,0 +1,98 @@
+"""From a network to a denoiser or a consistency function: scalings and conditioning on the noise level.
+
+All of it is computed in float32 whatever the weights' type, since it decides the picture.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_cm.schedules import KarrasSchedule
+
+Network = Callable[..., mx.array]  # net(x, t, **cond) -> F; x, F (B, H, W, C), t (B,)
+Denoiser = Callable[..., mx.array]  # f(x, t, **cond) -> x0; t a noise level, a number or shape (B,)
+Scalings = tuple[mx.array, mx.array, mx.array]
+
+
+def _column(t: mx.array) -> mx.array:
+    return t.astype(mx.float32).reshape(-1, 1, 1, 1)  # (B,) => (B, 1, 1, 1)
+
+
+def edm_scalings(t: mx.array, sigma_data: float) -> Scalings:
+    """Preconditioning of a denoiser D(x, t).
+
+    [EDM] table 1. c_skip(0) = 1 and c_out(0) = 0: the boundary condition of [CM] with sigma_min = 0.
+
+    Args:
+        t: noise levels in data units, shape (B,).
+
+    Returns:
+        (c_skip, c_out, c_in), each of shape (B, 1, 1, 1), float32.
+    """
+    t = _column(t)
+    total = t**2 + sigma_data**2
+    return sigma_data**2 / total, t * sigma_data * mx.rsqrt(total), mx.rsqrt(total)
+
+
+def cm_scalings(t: mx.array, sigma_data: float, sigma_min: float) -> Scalings:
+    """Scalings that make the boundary condition f(x, sigma_min) = x hold exactly.
+
+    [CM] appendix C. At t = sigma_min: c_skip = 1, c_out = 0. c_in is [EDM]'s.
+
+    Args:
+        t: noise levels in data units, shape (B,), each >= sigma_min.
+
+    Returns:
+        (c_skip, c_out, c_in), each of shape (B, 1, 1, 1), float32.
+    """
+    t = _column(t)
+    above = t - sigma_min
+    c_in = mx.rsqrt(t**2 + sigma_data**2)
+    return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data * c_in, c_in
+
+
+def log_sigma_conditioning(t: mx.array, scale: float) -> mx.array:
+    """c_noise = scale * ln(sigma), float32, shape (B,).
+
+    scale 250 for OpenAI's consistency models ([CM]: 1000 times [EDM]'s), 0.25 for [EDM] and the CIFAR-10 models.
+    """
+    return scale * mx.log(t.astype(mx.float32))
+
+
+def consistency_function(
+    net: Network, schedule: KarrasSchedule, *, noise_scale: float = 250.0, clip: bool = True
+) -> Denoiser:
+    """f(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)), with f(x, sigma_min) = x.
+
+    [CM] equation 5.
+
+    Args:
+        net: the network F.
+        schedule: gives sigma_data and sigma_min.
+        noise_scale: of `log_sigma_conditioning`.
+        clip: clip x0 to [-1, 1], as the published pixel models are sampled.
+
+    Returns:
+        f(x, t, **cond) -> x0 in float32, shape (B, H, W, C).
+    """
+    return _preconditioned(net, lambda t: cm_scalings(t, schedule.sigma_data, schedule.sigma_min), noise_scale, clip)
+
+
+def edm_denoiser(net: Network, schedule: KarrasSchedule, *, noise_scale: float = 250.0, clip: bool = True) -> Denoiser:
+    """D(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t)), the posterior mean E[x0 | x_t] of a diffusion teacher.
+
+    [EDM] equation 7. Arguments and result as for `consistency_function`.
+    """
+    return _preconditioned(net, lambda t: edm_scalings(t, schedule.sigma_data), noise_scale, clip)
+
+
+def _preconditioned(net: Network, scalings: Callable[[mx.array], Scalings], noise_scale: float, clip: bool) -> Denoiser:
+    def denoise(x: mx.array, t: mx.array | float, **cond) -> mx.array:
+        x = x.astype(mx.float32)
+        t = mx.broadcast_to(mx.array(t, dtype=mx.float32), (x.shape[0],))
+        c_skip, c_out, c_in = scalings(t)
+        output = net(c_in * x, log_sigma_conditioning(t, noise_scale), **cond)
+        x0 = c_skip * x + c_out * output.astype(mx.float32)
+        return mx.clip(x0, -1.0, 1.0) if clip else x0
+
+    return denoise

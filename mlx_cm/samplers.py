@@ -1,0 +1,134 @@
+"""Samplers: one loop, "jump to s, then re-noise to the next t".
+
+A jump is a function g(x, t, s) -> x_s. A consistency function jumps to the clean end of the trajectory; an ODE solver's
+step, a trajectory model and TCD jump part of the way. Where a jump lands is all that tells the samplers apart.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_cm.parameterization import Denoiser
+from mlx_cm.rng import Noise
+
+Jump = Callable[[mx.array, float, float], mx.array]  # g(x, t, s) -> x_s
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told after each step."""
+
+    index: int  # from 0
+    total: int
+    t: float  # the level jumped from
+    s: float  # the level jumped to
+    x: mx.array  # the state at s, (B, H, W, C); an estimate of x0 for consistency samplers
+
+
+Callback = Callable[[Step], None]
+
+
+def renoise(x_s: mx.array, s: float, t: float, schedule, draw: Callable[[], mx.array]) -> mx.array:
+    """Carries x_s forward to a noisier level t: x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) z, a = alpha_t / alpha_s.
+
+    [CM] algorithm 1 (there alpha = 1), [TCD] equation 10. Nothing is drawn where no noise is to be added.
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.marginal(s), schedule.marginal(t)
+    ratio = alpha_t / alpha_s
+    variance = sigma_t**2 - ratio**2 * sigma_s**2
+    if variance <= 0:
+        return ratio * x_s
+    return ratio * x_s + math.sqrt(variance) * draw()
+
+
+def sample_jumps(
+    g: Jump,
+    x: mx.array,
+    times: Sequence[float],
+    landings: Sequence[float],
+    schedule,
+    *,
+    noise: Noise,
+    callback: Callback | None = None,
+) -> mx.array:
+    """Jumps from each time to its landing, re-noising to the next time in between.
+
+    Each step is evaluated before the callback runs, so that a raised exception (Ctrl-C included) ends the work there.
+
+    Args:
+        g: the jump.
+        x: the start at level times[0], shape (B, H, W, C).
+        times: descending noise levels in the model's units.
+        landings: as many levels; landings[i] <= times[i + 1].
+        schedule: gives `marginal`.
+        noise: source of the draws; index i + 1 is the draw after step i.
+        callback: called with a `Step` after each jump.
+
+    Returns:
+        The state after the last jump, shape (B, H, W, C).
+    """
+    for i, (t, s) in enumerate(zip(times, landings, strict=True)):
+        x = g(x, t, s)
+        mx.eval(x)
+        if callback is not None:
+            callback(Step(i, len(times), t, s, x))
+        if i + 1 < len(times):
+            x = renoise(x, s, times[i + 1], schedule, lambda x=x, i=i: noise(x.shape, i + 1))
+    return x
+
+
+def sample_multistep(
+    g: Jump, x: mx.array, times: Sequence[float], schedule, *, noise: Noise, callback: Callback | None = None
+) -> mx.array:
+    """Multistep consistency sampling: to the clean end, re-noise, again. With one time it is one-step generation.
+
+    [CM] algorithm 1. Arguments and result as for `sample_jumps`.
+    """
+    return sample_jumps(g, x, times, [schedule.t_min] * len(times), schedule, noise=noise, callback=callback)
+
+
+def sample_trajectory(
+    g: Jump, x: mx.array, times: Sequence[float], schedule, *, noise: Noise, callback: Callback | None = None
+) -> mx.array:
+    """Follows the trajectory: each jump lands on the next time, the last one on 0, and no noise is added.
+
+    With `euler_jump` and `heun_jump` the deterministic samplers of [EDM]; with a trajectory model [CTM]'s gamma = 0.
+    Arguments and result as for `sample_jumps`.
+    """
+    return sample_jumps(g, x, times, [*times[1:], 0.0], schedule, noise=noise, callback=callback)
+
+
+def consistency_jump(f: Denoiser, **cond) -> Jump:
+    """A consistency function as a jump, which always lands on the clean end whatever s."""
+    return lambda x, t, s: f(x, t, **cond)
+
+
+def ode_slope(denoise: Denoiser, x: mx.array, t: float, cond: dict) -> mx.array:
+    """dx/dt = (x - D(x, t)) / t, the probability flow.
+
+    [EDM] equation 3 with sigma(t) = t.
+    """
+    return (x - denoise(x, t, **cond)) / t
+
+
+def euler_jump(denoise: Denoiser, **cond) -> Jump:
+    """One first-order step of the probability flow: x_s = x + (s - t) dx/dt."""
+    return lambda x, t, s: x + (s - t) * ode_slope(denoise, x, t, cond)
+
+
+def heun_jump(denoise: Denoiser, **cond) -> Jump:
+    """One second-order step of the probability flow: the slope is the mean of those at both ends.
+
+    [EDM] algorithm 1; the step to 0 is Euler's, since the slope there is not defined.
+    """
+
+    def jump(x: mx.array, t: float, s: float) -> mx.array:
+        slope = ode_slope(denoise, x, t, cond)
+        x_s = x + (s - t) * slope
+        if s == 0:
+            return x_s
+        return x + (s - t) * (slope + ode_slope(denoise, x_s, s, cond)) / 2
+
+    return jump
