@@ -1,1 +1,8 @@
-"""Foreign checkpoints to native model folders, and back."""
+"""Foreign checkpoints to native model folders, and back.
+
+`readers` knows containers, `keymaps` names, `families` what belongs together; `conversion` puts them to work.
+"""
+
+from mlx_cm.convert.conversion import Options, Report, convert
+
+__all__ = ["Options", "Report", "convert"]

@@ -48,25 +48,25 @@ FIXED_SETTINGS = {
 
 @dataclass(frozen=True)
 class UNet2DConfig:
-    """Size and layout of a `UNet2D`; the fields of diffusers' `UNet2DModel`, defaults of the ImageNet-64 models."""
+    """Size and layout of a `UNet2D`; fields and defaults of diffusers' `UNet2DModel`."""
 
     sample_size: int = 64  # height and width of the images, pixels
     in_channels: int = 3
     out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (192, 384, 576, 768)  # width per resolution level
-    layers_per_block: int = 3  # residual blocks per level on the way down; one more on the way up
-    down_block_types: tuple[str, ...] = ("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3)
-    up_block_types: tuple[str, ...] = (*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D")
-    downsample_type: str = "resnet"  # of the attention blocks: "resnet" or "conv"
-    upsample_type: str = "resnet"
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)  # width per resolution level
+    layers_per_block: int = 2  # residual blocks per level on the way down; one more on the way up
+    down_block_types: tuple[str, ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    up_block_types: tuple[str, ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
+    downsample_type: str = "conv"  # of the attention blocks: "resnet" or "conv"
+    upsample_type: str = "conv"
     downsample_padding: int = 1
-    attention_head_dim: int | None = 64  # channels per head; None: one head
+    attention_head_dim: int | None = 8  # channels per head; None: one head
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    attn_norm_num_groups: int | None = 32  # of the middle attention; None: see `mid_attention_groups`
+    attn_norm_num_groups: int | None = None  # of the middle attention; None: see `mid_attention_groups`
     add_attention: bool = True  # whether the middle block has attention
-    resnet_time_scale_shift: str = "scale_shift"  # or "default": the embedding is added
-    num_class_embeds: int | None = 1000  # None: unconditional
+    resnet_time_scale_shift: str = "default"  # the embedding is added; "scale_shift": it scales and shifts
+    num_class_embeds: int | None = None  # None: unconditional
     time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
     center_input_sample: bool = False  # whether inputs are mapped from [0, 1] to [-1, 1] first
     flip_sin_to_cos: bool = True
@@ -122,7 +122,7 @@ class UNet2DConfig:
 
     @property
     def mid_attention_groups(self) -> int | None:
-        """Groups of the middle attention's normalisation; under scale_shift it needs a number to exist, as in diffusers."""
+        """Groups of the middle attention's normalisation; as in diffusers, scale_shift without a number has none."""
         if self.attn_norm_num_groups is None and self.scale_shift:
             return None
         return self.attn_norm_num_groups or self.norm_num_groups
@@ -142,6 +142,32 @@ class UNet2DConfig:
     def attention(self, channels: int, groups: int | None) -> SelfAttention2D:
         """Self-attention with this config's head size."""
         return SelfAttention2D(channels, self.attention_head_dim or channels, groups=groups, eps=self.norm_eps)
+
+
+# The two sizes of the published consistency models and their teachers.
+IMAGENET_64 = UNet2DConfig(
+    sample_size=64,
+    block_out_channels=(192, 384, 576, 768),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3),
+    up_block_types=(*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+    downsample_type="resnet",
+    upsample_type="resnet",
+    attention_head_dim=64,
+    attn_norm_num_groups=32,
+    resnet_time_scale_shift="scale_shift",
+    num_class_embeds=1000,
+)
+LSUN_256 = UNet2DConfig(
+    sample_size=256,
+    block_out_channels=(256, 256, 512, 512, 1024, 1024),
+    layers_per_block=2,
+    down_block_types=(*["ResnetDownsampleBlock2D"] * 3, *["AttnDownBlock2D"] * 3),
+    up_block_types=(*["AttnUpBlock2D"] * 3, *["ResnetUpsampleBlock2D"] * 3),
+    downsample_type="resnet",
+    upsample_type="resnet",
+    attention_head_dim=64,
+)
 
 
 class DownBlock2D(nn.Module):

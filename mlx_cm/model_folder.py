@@ -1,0 +1,258 @@
+"""The native model folder: `model_index.json`, one folder per component with `config.json` and safetensors weights.
+
+The layout is the one of diffusers' pipelines, so that people and tools recognise it. Weights are stored channels-last
+under the names of the modules' parameters and load without any renaming.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+import mlx_cm
+from mlx_cm.backend import default_dtype
+from mlx_cm.config import config_from_dict, config_to_dict
+from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
+from mlx_cm.schedules import KarrasSchedule
+from mlx_cm.storage import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    TensorSource,
+    check_safetensors,
+    read_json,
+    sibling_file,
+    write_json,
+    write_safetensors,
+)
+
+MODEL_INDEX = "model_index.json"
+FORMAT = "mlx-cm"
+FORMAT_VERSION = 1
+SHARD_BYTES = 5 * 10**9
+WEIGHTS_METADATA = {"format": "mlx", "layout": "channels-last"}
+
+# Everything a model folder can hold, by the name its config gives.
+MODELS = {"UNet2D": (UNet2D, UNet2DConfig)}
+SCHEDULES = {"KarrasSchedule": KarrasSchedule}
+SCHEDULE_CONFIG = "scheduler_config.json"
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+SAFETENSORS_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """What `model_index.json` says of a model."""
+
+    pipeline: str  # "ConsistencyModelPipeline"
+    components: dict[str, str]  # folder => class: {"unet": "UNet2D", "scheduler": "KarrasSchedule"}
+    sampler: dict[str, Any]  # the pipeline's own settings
+    provenance: dict[str, Any]  # source, revision, files with sha256, converter
+    weights: dict[str, str]  # path of each weights file => sha256
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder is a native model, rather than one of another program."""
+    index = Path(folder) / MODEL_INDEX
+    return index.is_file() and read_json(index).get("_format") == FORMAT
+
+
+def write_model_index(folder: Path, index: ModelIndex) -> None:
+    """Writes `model_index.json`; last, since its presence makes the folder a model."""
+    value = {"_class_name": index.pipeline, "_format": FORMAT, "_format_version": FORMAT_VERSION}
+    value |= {name: [mlx_cm.__name__, kind] for name, kind in index.components.items()}
+    value |= {"sampler": index.sampler, "provenance": index.provenance, "weights": index.weights}
+    write_json(Path(folder) / MODEL_INDEX, value)
+
+
+def read_model_index(folder: Path) -> ModelIndex:
+    """Reads `model_index.json`.
+
+    Raises:
+        ModelError: missing, malformed, or of a newer format.
+    """
+    path = Path(folder) / MODEL_INDEX
+    value = read_json(path)
+    if value.get("_format") != FORMAT:
+        raise ModelError(str(path), "is not a native mlx-cm model", f"mlx-cm convert {folder} DST")
+    if value.get("_format_version") != FORMAT_VERSION:
+        raise ModelError(
+            str(path), f"has format version {value.get('_format_version')!r}, this program reads {FORMAT_VERSION}"
+        )
+    sections = {name: value.get(name) for name in ("sampler", "provenance", "weights")}
+    components = {
+        name: pair[1] for name, pair in value.items() if isinstance(pair, list) and len(pair) == 2 and name[0] != "_"
+    }
+    malformed = [name for name, section in sections.items() if not isinstance(section, dict)]
+    malformed += [name for name, kind in components.items() if kind not in MODELS and kind not in SCHEDULES]
+    if malformed or not isinstance(value.get("_class_name"), str):
+        raise ModelError(str(path), f"malformed or unknown entry {(malformed or ['_class_name'])[0]!r}")
+    return ModelIndex(value["_class_name"], components, **sections)
+
+
+def write_component(folder: Path, config: Any, tensors: Iterable[TensorSource]) -> dict[str, str]:
+    """Writes config and weights of one component, sharded where they exceed 5 GB.
+
+    Returns:
+        Name of each weights file => sha256.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config_to_dict(config))
+    shards = _shards(list(tensors))
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: write_safetensors(folder / WEIGHTS_NAME, shards[0], WEIGHTS_METADATA)}
+    stem = Path(WEIGHTS_NAME).stem
+    names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    digests = {
+        name: write_safetensors(folder / name, shard, WEIGHTS_METADATA)
+        for name, shard in zip(names, shards, strict=True)
+    }
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
+
+
+def write_schedule(folder: Path, schedule: Any) -> None:
+    """Writes the schedule's settings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCHEDULE_CONFIG, {"_class_name": type(schedule).__name__, **config_to_dict(schedule)})
+
+
+def read_schedule(folder: Path) -> Any:
+    """Reads the schedule's settings.
+
+    Raises:
+        ModelError: missing, malformed, or of an unknown kind.
+    """
+    path = Path(folder) / SCHEDULE_CONFIG
+    values = read_json(path)
+    kind = values.get("_class_name")
+    if kind not in SCHEDULES:
+        raise ModelError(str(path), f"_class_name {kind!r} is unknown, expected one of {list(SCHEDULES)}")
+    return config_from_dict(SCHEDULES[kind], values, str(path))
+
+
+def build_model(folder: Path) -> nn.Module:
+    """The model that a component's `config.json` describes, with weights not yet loaded.
+
+    Raises:
+        ModelError: the config is missing, malformed, or of an unknown class.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    kind = values.get("_class_name")
+    if kind not in MODELS:
+        raise ModelError(str(path), f"_class_name {kind!r} is unknown, expected one of {list(MODELS)}")
+    model_class, config_class = MODELS[kind]
+    return model_class(config_from_dict(config_class, values, str(path)))
+
+
+def load_model(folder: Path, dtype: str | None = None) -> nn.Module:
+    """Builds a component and loads its weights.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16"; None: float16 on a GPU, float32 on a CPU.
+
+    Raises:
+        UsageError: an unknown dtype.
+        ModelError: files missing or corrupt, tensors missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    model = build_model(folder)
+    weights: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        if check_safetensors(path).get("format") != WEIGHTS_METADATA["format"]:
+            raise ModelError(str(path), "is not in native layout", f"mlx-cm convert {folder} DST")
+        weights |= mx.load(str(path))
+    check_names_and_shapes(model, {name: value.shape for name, value in weights.items()}, str(folder))
+    wanted = resolve_dtype(dtype)
+    kept = tuple(f"{part}." for part in model.float32_parts)
+    model.load_weights(
+        [(name, value.astype(mx.float32 if name.startswith(kept) else wanted)) for name, value in weights.items()]
+    )
+    return model.eval()
+
+
+def resolve_dtype(dtype: str | None) -> mx.Dtype:
+    """The type to compute in.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if dtype is None:
+        return default_dtype()
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}", f"expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights files of a component.
+
+    Raises:
+        ModelError: there are none, or the index is malformed.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(str(folder / INDEX_NAME), "has no weight_map")
+    return sorted({sibling_file(folder, name) for name in weight_map.values()})
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name; nothing is computed."""
+    return {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
+
+
+def check_names_and_shapes(model: nn.Module, given: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Every parameter has its tensor and every tensor its parameter.
+
+    Raises:
+        ModelError: naming the first ten of each fault.
+    """
+    expected = parameter_shapes(model)
+    faults = [f"{name} is missing" for name in expected if name not in given]
+    faults += [f"{name} is not known to this model" for name in given if name not in expected]
+    faults += [
+        f"{name}: expected {shape}, got {tuple(given[name])}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name]) != shape
+    ]
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ModelError(where, "; ".join(faults[:10]) + more)
+
+
+def tensor_sources(model: nn.Module) -> list[TensorSource]:
+    """A model's parameters, ready to be written."""
+    return [
+        TensorSource(name, SAFETENSORS_NAMES[value.dtype], tuple(value.shape), lambda value=value: _bits(value))
+        for name, value in tree_flatten(model.parameters())
+    ]
+
+
+def _bits(value: mx.array) -> np.ndarray:
+    return np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
+
+
+def _shards(tensors: list[TensorSource]) -> list[list[TensorSource]]:
+    shards: list[list[TensorSource]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards

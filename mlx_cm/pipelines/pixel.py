@@ -1,0 +1,344 @@
+"""Pixel-space consistency models and their diffusion teachers: from labels and seeds to pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from PIL import Image
+
+from mlx_cm.errors import UsageError
+from mlx_cm.images import check_output, to_pil
+from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
+from mlx_cm.presets import PRESETS
+from mlx_cm.rng import NOISE_SOURCES, Noise, expand_seeds
+from mlx_cm.samplers import (
+    Callback,
+    Jump,
+    consistency_jump,
+    euler_jump,
+    heun_jump,
+    sample_multistep,
+    sample_trajectory,
+)
+from mlx_cm.schedules import KarrasSchedule, karras_sigmas
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How a checkpoint is to be used; the `sampler` section of its model index."""
+
+    parameterization: str = "consistency"  # or "edm", a diffusion teacher
+    noise_scale: float = 250.0  # of the conditioning on ln(sigma)
+    clip_denoised: bool = True  # clip every x0 to [-1, 1]
+    preset: str | None = None  # of mlx_cm.presets
+
+    def __post_init__(self):
+        if self.parameterization not in PARAMETERIZATIONS:
+            raise ValueError(f"parameterization {self.parameterization!r}, expected one of {list(PARAMETERIZATIONS)}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r}, expected one of {list(PRESETS)}")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A named way to use a model."""
+
+    jump: Callable[..., Jump]
+    sample: Callable[..., mx.array]
+    parameterization: str
+    calls_per_step: int = 1  # of the network
+    max_steps: int | None = None
+
+
+PARAMETERIZATIONS: dict[str, Callable[..., Denoiser]] = {"consistency": consistency_function, "edm": edm_denoiser}
+SAMPLERS = {
+    "onestep": Sampler(consistency_jump, sample_multistep, "consistency", max_steps=1),
+    "multistep": Sampler(consistency_jump, sample_multistep, "consistency"),
+    "heun": Sampler(heun_jump, sample_trajectory, "edm", calls_per_step=2),
+    "euler": Sampler(euler_jump, sample_trajectory, "edm"),
+}
+DEFAULT_SAMPLERS = {"consistency": "multistep", "edm": "heun"}
+
+# Settings of other pipelines, and why this one has no use for them.
+NO_USE = {
+    "prompt": "this model has no text encoder",
+    "negative_prompt": "this model has no text encoder",
+    "guidance_scale": "this model was trained without guidance",
+    "image": "this model starts from noise",
+    "strength": "this model starts from noise",
+    "mask": "this model starts from noise",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: nothing is left to defaults."""
+
+    seeds: tuple[int, ...]  # one per image
+    labels: tuple[int, ...] | None  # one per image; None for an unconditional model
+    times: tuple[float, ...]
+    sampler: str
+    rng: str
+
+
+class ConsistencyModelPipeline:
+    """A pixel-space model ready to generate.
+
+    Args:
+        backbone: the network F, with a `config` that gives sample_size, in_channels and num_class_embeds.
+        schedule: its noise levels.
+        settings: how it is used.
+        provenance: what `model_index.json` says of where it comes from.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | Network,
+        schedule: KarrasSchedule,
+        settings: PixelSettings | None = None,
+        provenance: dict[str, Any] | None = None,
+    ):
+        self.backbone, self.schedule = backbone, schedule
+        self.settings = settings or PixelSettings()
+        self.provenance = provenance or {}
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """f(x, t, class_labels=...) -> x0: the consistency function, or the teacher's denoiser."""
+        make = PARAMETERIZATIONS[self.settings.parameterization]
+        return make(
+            self.backbone, self.schedule, noise_scale=self.settings.noise_scale, clip=self.settings.clip_denoised
+        )
+
+    def generate(
+        self,
+        *,
+        labels: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        times: str | Sequence[float] | None = None,
+        seed: int | Sequence[int] = 0,
+        count: int = 1,
+        sampler: str = "auto",
+        rng: str = "mlx",
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+        batch_size: int = 1,
+        **others: Any,
+    ) -> list[Image.Image]:
+        """Makes pictures.
+
+        Image k of a seed s has seed s + k, and is the same whatever else is made with it.
+
+        Args:
+            labels: class of each image, or one for all; None draws each image's class from its seed.
+            steps: 1, 2, 4 or more; the published list of this length is used where the checkpoint has one.
+            times: noise levels instead, descending; or text as on the command line (`resolve_times`).
+            seed: one, or several; each makes `count` images.
+            count: images per seed.
+            sampler: "auto", or one of SAMPLERS.
+            rng: "mlx", or "torch" for the draws of PyTorch's CPU generator.
+            noise: a source of all draws instead, for a batch of all images.
+            callback: called after each step of each batch.
+            batch_size: images computed at once: above 1 faster on a GPU, equal up to rounding only.
+
+        Returns:
+            The pictures in the order of the seeds.
+
+        Raises:
+            UsageError: a setting is wrong or of no use to this model.
+            OutputError: a picture is not finite, or blank.
+        """
+        refused = {name: value for name, value in others.items() if value is not None}
+        request = self.resolve(
+            labels=labels, steps=steps, times=times, seed=seed, count=count, sampler=sampler, rng=rng, **refused
+        )
+        if noise is not None:
+            return self._pictures(self.sample(request, noise=noise, callback=callback))
+        return [image for _, image in self.iterate(request, callback=callback, batch_size=batch_size)]
+
+    def iterate(
+        self, request: Request, *, callback: Callback | None = None, batch_size: int = 1
+    ) -> Iterator[tuple[Request, Image.Image]]:
+        """Makes the pictures of a request one batch after the other.
+
+        Yields:
+            Each picture with the request that makes it alone.
+        """
+        if batch_size < 1:
+            raise UsageError(f"batch_size {batch_size}", "expected at least 1")
+        singles = self.singles(request)
+        for start in range(0, len(singles), batch_size):
+            batch = singles[start : start + batch_size]
+            seeds = tuple(single.seeds[0] for single in batch)
+            labels = None if request.labels is None else tuple(single.labels[0] for single in batch)
+            x0 = self.sample(replace(request, seeds=seeds, labels=labels), callback=callback)
+            yield from zip(batch, self._pictures(x0), strict=True)
+
+    @staticmethod
+    def singles(request: Request) -> list[Request]:
+        """The request for each image alone."""
+        labels = request.labels or [None] * len(request.seeds)
+        return [
+            replace(request, seeds=(seed,), labels=None if label is None else (label,))
+            for seed, label in zip(request.seeds, labels, strict=True)
+        ]
+
+    def sample(self, request: Request, *, noise: Noise | None = None, callback: Callback | None = None) -> mx.array:
+        """Makes the images of a request as one batch.
+
+        Args:
+            noise: a source of all draws instead of the request's seeds.
+
+        Returns:
+            x0, float32, shape (B, H, W, C), in [-1, 1] but for what the network oversteps.
+        """
+        config = self.backbone.config
+        noise = noise or NOISE_SOURCES[request.rng](request.seeds)
+        sampler = SAMPLERS[request.sampler]
+        cond = {} if request.labels is None else {"class_labels": mx.array(request.labels)}
+        shape = (len(request.seeds), config.sample_size, config.sample_size, config.in_channels)
+        x = request.times[0] * noise(shape, 0)
+        jump = sampler.jump(self.denoiser, **cond)
+        return sampler.sample(jump, x, request.times, self.schedule, noise=noise, callback=callback)
+
+    def resolve(
+        self,
+        *,
+        labels: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        times: str | Sequence[float] | None = None,
+        seed: int | Sequence[int] = 0,
+        count: int = 1,
+        sampler: str = "auto",
+        rng: str = "mlx",
+        **others: Any,
+    ) -> Request:
+        """Checks the settings of `generate` and fills in what was left open.
+
+        Raises:
+            UsageError: a setting is wrong or of no use to this model.
+        """
+        self._refuse(others)
+        if rng not in NOISE_SOURCES:
+            raise UsageError(f"rng {rng!r}", f"expected one of {', '.join(NOISE_SOURCES)}")
+        seeds, labels = self._seeds_and_labels(seed, count, labels)
+        sampler = self._resolve_sampler(sampler)
+        times = self.resolve_times(times, steps)
+        limit = SAMPLERS[sampler].max_steps
+        if limit is not None and len(times) > limit:
+            raise UsageError(f"steps {len(times)}", f"the {sampler} sampler makes {limit}", "--sampler multistep")
+        return Request(seeds, labels, times, sampler, rng)
+
+    def resolve_times(self, times: str | Sequence[float] | None, steps: int | None) -> tuple[float, ...]:
+        """The noise levels to visit.
+
+        Args:
+            times: levels; or text: "auto", "80,1.38" (levels), "grid:0,22" (indices of the model's grid), or the name
+                of a preset; None is "auto".
+            steps: how many; None: what `times` says, for "auto" one for a consistency model and the whole grid for a
+                teacher.
+
+        Raises:
+            UsageError: not understood, outside the model's range, or not as many as `steps`.
+        """
+        if steps is not None and steps < 1:
+            raise UsageError(f"steps {steps}", "expected at least 1")
+        found = self._listed_times(times)
+        if found is None:
+            return self._times_of_steps(steps)
+        found = self.schedule.check_times(found)
+        if steps is not None and steps != len(found):
+            raise UsageError(f"steps {steps}", f"the times given are {len(found)}; leave one of the two out")
+        return found
+
+    def _listed_times(self, times: str | Sequence[float] | None) -> Sequence[float] | None:
+        if times is None or times == "auto":
+            return None
+        if not isinstance(times, str):
+            return times
+        if times in PRESETS:
+            preset = PRESETS[times]
+            if preset.indices is None:
+                raise UsageError(f"times {times}", "no multistep list was published for it", "--times auto")
+            return replace(self.schedule, num_scales=preset.num_scales).times_at(preset.indices)
+        kind, _, text = times.rpartition(":")
+        try:
+            if kind == "grid":
+                return self.schedule.times_at([int(part) for part in text.split(",")])
+            if kind == "":
+                return [float(part) for part in text.split(",")]
+        except ValueError:
+            pass
+        raise UsageError(
+            f"times {times!r}",
+            f"expected auto, noise levels as 80,1.38, grid indices as grid:0,22, or one of {', '.join(PRESETS)}",
+        )
+
+    def _times_of_steps(self, steps: int | None) -> tuple[float, ...]:
+        schedule = self.schedule
+        if self.settings.parameterization == "edm":
+            # A solver's grid is as fine as the steps it makes; one step has no interval to be spread over.
+            levels = karras_sigmas(steps or schedule.num_scales, schedule.sigma_min, schedule.sigma_max, schedule.rho)
+            return tuple(float(level) for level in levels)
+        preset = PRESETS.get(self.settings.preset)
+        if preset is not None and preset.indices is not None:
+            published = schedule.times_at(preset.indices)
+            if steps == len(published):
+                return published
+        return schedule.spaced_times(steps or 1)
+
+    def _resolve_sampler(self, sampler: str) -> str:
+        parameterization = self.settings.parameterization
+        if sampler == "auto":
+            return DEFAULT_SAMPLERS[parameterization]
+        fitting = [name for name, row in SAMPLERS.items() if row.parameterization == parameterization]
+        if sampler not in fitting:
+            kind = {"consistency": "a consistency model", "edm": "a diffusion teacher"}[parameterization]
+            raise UsageError(f"sampler {sampler!r}", f"this model is {kind}; expected auto, {', '.join(fitting)}")
+        return sampler
+
+    def _seeds_and_labels(self, seed, count: int, labels) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        classes = self.backbone.config.num_class_embeds
+        if labels is None:
+            seeds = tuple(expand_seeds(seed, count))
+            return seeds, None if classes is None else tuple(label_of_seed(each, classes) for each in seeds)
+        if classes is None:
+            raise UsageError("labels", "this model is unconditional: it has no classes")
+        labels = [labels] if isinstance(labels, int) else list(labels)
+        bad = [label for label in labels if isinstance(label, bool) or not 0 <= label < classes]
+        if bad or not labels:
+            shown = bad[0] if bad else "list is empty"
+            raise UsageError(f"label {shown}", f"this model has classes 0 to {classes - 1}")
+        if count == 1 and (isinstance(seed, int) or len(seed) == 1):
+            count = len(labels)  # one image per label
+        seeds = tuple(expand_seeds(seed, count))
+        if len(labels) == 1:
+            labels = labels * len(seeds)
+        if len(labels) != len(seeds):
+            raise UsageError(f"{len(labels)} labels", f"expected one, or one for each of the {len(seeds)} images")
+        return seeds, tuple(labels)
+
+    def _refuse(self, others: dict[str, Any]) -> None:
+        size = self.backbone.config.sample_size
+        for name, value in others.items():
+            if name in ("width", "height"):
+                if value != size:
+                    raise UsageError(f"{name} {value}", f"this model makes pictures of {size} by {size} pixels only")
+            elif name in NO_USE:
+                raise UsageError(name, f"{NO_USE[name]}, so the setting would have no effect")
+            else:
+                raise TypeError(f"generate() has no setting {name!r}")
+
+    @staticmethod
+    def _pictures(x0: mx.array) -> list[Image.Image]:
+        images = to_pil(x0)
+        check_output(images)
+        return images
+
+
+def label_of_seed(seed: int, classes: int) -> int:
+    """The class of an image for which none was asked, a pure function of its seed."""
+    return int(np.random.default_rng([seed, classes]).integers(classes))
