@@ -53,6 +53,8 @@ _DISK_ERRNOS = {
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk reports an input/output error",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.EISDIR: "is a folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
 
