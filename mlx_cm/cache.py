@@ -125,7 +125,7 @@ def _read_entry(folder: Path) -> Entry:
     with contextlib.suppress(ModelError):
         index = read_json(folder / "model_index.json")
     provenance = index.get("provenance")
-    facts = {**(provenance if isinstance(provenance, dict) else {}), "family": index.get("family")}
+    facts = provenance if isinstance(provenance, dict) else {}
     source, revision, family = (
         value if isinstance(value := facts.get(key), str) else None for key in ("source", "revision", "family")
     )

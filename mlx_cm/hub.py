@@ -247,7 +247,7 @@ def _what_is_there(repo_id: str, commit: str) -> Listing | None:
 def download(
     ref: HubRef,
     *,
-    choose: Callable[[list[RepoFile]], list[str]] | None = None,
+    choose: Callable[[list[RepoFile]], list[str]],
     progress: Progress | None = None,
 ) -> Snapshot:
     """Brings the needed files of a repository onto the disk, all from one commit.
@@ -256,7 +256,7 @@ def download(
     and none when `ref` names a commit.
 
     Args:
-        choose: names of the wanted files among those of the repository; `choose_files` when left out.
+        choose: names of the wanted files among those of the repository, such as `choose_files` gives.
         progress: is told how far it is, before, during and after each file.
 
     Raises:
@@ -265,7 +265,7 @@ def download(
         DiskError: not enough space.
     """
     listing, unreachable = _list(ref)
-    wanted = _wanted(listing, choose or choose_files)
+    wanted = _wanted(listing, choose)
     missing = [file for file in wanted if not _is_cached(listing, file)]
     if missing and unreachable:
         raise _incomplete(ref, missing, unreachable)
@@ -556,8 +556,10 @@ _STATUSES = {
 
 # ---- which files ----
 
-_CONFIGS = {"config.json", "scheduler_config.json"}
-_TOKENIZER_FILES = {
+_SMALL_FILES = {
+    "config.json",
+    "scheduler_config.json",
+    "adapter_config.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -568,28 +570,21 @@ _TOKENIZER_FILES = {
     "spiece.model",
 }
 _IGNORED_FOLDERS = {"safety_checker", "feature_extractor"}  # an onnx or flax file is ignored by its format
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_FORMATS = ("safetensors", "bin")
 _SINGLE_FORMATS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl", ".msgpack")
-_LORAS = ("pytorch_lora_weights", "adapter_model")
-_WEIGHTS = re.compile(
-    rf"(?P<stem>{'|'.join(_STEMS)})(\.(?P<variant>\w+))?(-\d{{5}}-of-(?P<count>\d{{5}}))?(\.(?P<legacy>\w+))?"
-    rf"\.(?P<format>{'|'.join(_FORMATS)})"
-)
-_INDEX = re.compile(
-    rf"(?P<stem>{'|'.join(_STEMS)})(\.(?P<variant>\w+))?\.(?P<format>{'|'.join(_FORMATS)})"
-    rf"(\.(?P<legacy>\w+))?\.index(\.(?P<last>\w+))?\.json"
-)
+
+WeightChooser = Callable[[set[str], str | None], Sequence[str]]
 
 
-def choose_files(files: Sequence[RepoFile], variant: str | None = None) -> list[str]:
+def choose_files(files: Sequence[RepoFile], variant: str | None, choose_weights: WeightChooser) -> list[str]:
     """The files that make one model, in the layouts models are published in.
 
-    A pipeline (`model_index.json` and a folder per component), one component (`config.json` and its weights), or a
-    single file: a LoRA, or the only weights in the repository.
+    A pipeline (`model_index.json` and a folder per component), one component or LoRA under a customary name, or the
+    only weights in the repository.
 
     Args:
         variant: of the weights, such as "fp16"; a component without it gives its ordinary weights.
+        choose_weights: the one set of weights to take from the names in a folder, empty where there is none; the
+            readers' own rule, `mlx_cm.convert.readers.choose_weight_files`, so that what is fetched is what is read.
 
     Returns:
         Names in the order of the repository; empty where it is not plain what the model is.
@@ -603,53 +598,18 @@ def choose_files(files: Sequence[RepoFile], variant: str | None = None) -> list[
         chosen = {"model_index.json"}
         for folder, names in folders.items():
             if "/" not in folder and folder != "." and folder not in _IGNORED_FOLDERS:
-                chosen |= {f"{folder}/{name}" for name in _component(names, variant)}
-    elif "config.json" in root and _weights(root, variant):
-        chosen = _component(root, variant)
+                chosen |= {f"{folder}/{name}" for name in {*(names & _SMALL_FILES), *choose_weights(names, variant)}}
+    elif weights := set(choose_weights(root, variant)) or _only_file(root):
+        chosen = weights | root & _SMALL_FILES
     else:
-        chosen = _single_file(root, variant)
-    if chosen:
-        chosen |= {file.name for file in files if file.name == "README.md" and (file.size or 0) <= README_LIMIT}
-    return [file.name for file in files if file.name in chosen]
+        return []
+    card = {file.name for file in files if file.name == "README.md" and (file.size or 0) <= README_LIMIT}
+    return [file.name for file in files if file.name in chosen | card]
 
 
-def _component(names: set[str], variant: str | None) -> set[str]:
-    return names & (_CONFIGS | _TOKENIZER_FILES) | _weights(names, variant)
-
-
-def _weights(names: set[str], variant: str | None) -> set[str]:
-    """The one set of weights to take from a folder that may hold many: a file, or shards and their index."""
-    sets: dict[tuple[str | None, str, int, str], set[str]] = {}
-    for name in names:
-        if match := _WEIGHTS.fullmatch(name):
-            key = (match["variant"] or match["legacy"], match["format"], int(match["count"] or 0), match["stem"])
-            sets.setdefault(key, set()).add(name)
-    whole = [key for key, members in sets.items() if len(members) == max(1, key[2]) and key[0] != "non_ema"]
-    if not whole:
-        return set()
-    variants = [variant, None, "fp16", *sorted(key[0] for key in whole if key[0])]
-    best = min(whole, key=lambda key: (variants.index(key[0]), _FORMATS.index(key[1]), key[2], _STEMS.index(key[3])))
-    return sets[best] | (_indices(names, best) if best[2] else set())
-
-
-def _indices(names: set[str], shards: tuple[str | None, str, int, str]) -> set[str]:
-    variant, format_, _, stem = shards
-    matches = [match for name in names if (match := _INDEX.fullmatch(name))]
-    return {
-        match.string
-        for match in matches
-        if (match["stem"], match["format"]) == (stem, format_)
-        and (match["variant"] or match["legacy"] or match["last"]) == variant
-    }
-
-
-def _single_file(root: set[str], variant: str | None) -> set[str]:
-    """A LoRA by its customary name, else the only file of the best format; nothing where there are several."""
-    for stem in _LORAS:
-        for suffix in (f".{variant}.safetensors", ".safetensors", ".bin"):
-            if stem + suffix in root:
-                return {stem + suffix} | root & {"adapter_config.json"}
+def _only_file(root: set[str]) -> set[str]:
+    """The only weight file of the best format there is; nothing where there are several."""
     for suffix in _SINGLE_FORMATS:
         if found := {name for name in root if name.endswith(suffix) and ".non_ema." not in name}:
-            return found | root & {"config.json"} if len(found) == 1 else set()
+            return found if len(found) == 1 else set()
     return set()

@@ -98,7 +98,12 @@ def native_folder(ref: str | Path, *, dtype: str | None = None, progress: Progre
 
 
 def _from_hub(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> Path:
-    snapshot = hub.download(ref, choose=lambda files: hub.choose_files(files, variant), progress=progress)
+    from mlx_cm.convert.readers import choose_weight_files
+
+    def choose(files: list[hub.RepoFile]) -> list[str]:
+        return hub.choose_files(files, variant, choose_weight_files)
+
+    snapshot = hub.download(ref, choose=choose, progress=progress)
     if is_native(snapshot.path):
         return snapshot.path
     entry = cache.hub_entry(snapshot.repo_id, snapshot.revision, variant)

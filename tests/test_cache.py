@@ -159,12 +159,13 @@ def test_entries_of_an_empty_cache(root):
 
 
 def test_entries_tell_what_is_known(root, source):
-    index = {"family": "lcm", "provenance": {"source": "owner/name", "revision": COMMIT}}
+    index = {"provenance": {"source": "owner/name", "revision": COMMIT, "family": "lcm"}}
     full = convert(cache.hub_entry("owner/name", COMMIT), index)
     bare = convert(cache.hub_entry("owner/name", OTHER, "fp16"), {})
     broken = convert(cache.hub_entry("other/x", OTHER), None)
-    odd = convert(cache.hub_entry("odd/x", OTHER), {"family": 3, "provenance": ["x"]})
-    local = convert(cache.local_entry(source), {"family": "cm", "provenance": {"source": source.name}})
+    wrong = convert(cache.hub_entry("wrong/x", OTHER), {"provenance": {"family": 3, "revision": None}})
+    odd = convert(cache.hub_entry("odd/x", OTHER), {"provenance": ["x"]})
+    local = convert(cache.local_entry(source), {"provenance": {"source": source.name, "family": "cm"}})
     (root / "models" / "owner--name" / ".0123.abc.partial").mkdir()
     (root / "models" / "owner--name" / "notes.txt").write_text("no folder")
 
@@ -175,6 +176,7 @@ def test_entries_tell_what_is_known(root, source):
         bare: ("owner/name", None, None),
         broken: ("other/x", None, None),
         odd: ("odd/x", None, None),
+        wrong: ("wrong/x", None, None),
         local: (source.name, None, "cm"),
     }
     assert found[broken].size_bytes == 1000

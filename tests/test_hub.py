@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from mlx_cm.convert.readers import choose_weight_files
 from mlx_cm.hub import HubRef, RepoFile, choose_files, parse_ref
 from tests.hub_server import OTHER_TOKEN, TOKEN, HubServer
 
@@ -22,13 +23,15 @@ CLIENT = """
 import json, logging, sys
 import huggingface_hub.constants
 from mlx_cm import hub
+from mlx_cm.convert.readers import choose_weight_files
 from mlx_cm.errors import MlxCmError
 hub.RETRY_WAITS = (0.02, 0.05)
 logging.getLogger("huggingface_hub").setLevel("ERROR")
 for line in sys.stdin:
     job = json.loads(line)
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = job.get("chunk", 10 * 1024 * 1024)
-    choose = (lambda files: job["names"]) if "names" in job else (lambda files: hub.choose_files(files, job["variant"]))
+    def choose(files):
+        return job["names"] if "names" in job else hub.choose_files(files, job["variant"], choose_weight_files)
     steps = []
     try:
         ref = hub.HubRef(*job["ref"])
@@ -219,12 +222,12 @@ PARTS = ("model_index.json", "transformer/config.json")
 )
 def test_chooses_the_files_of_one_model(variant, wanted, others):
     listed = [RepoFile(name, 1) for name in sorted({*wanted, *others})]
-    assert choose_files(listed, variant) == sorted(wanted)
+    assert choose_files(listed, variant, choose_weight_files) == sorted(wanted)
 
 
 def test_a_model_card_of_many_megabytes_stays_away():
     listed = [RepoFile("README.md", 20_000_000), RepoFile("lora.safetensors", 5)]
-    assert choose_files(listed) == ["lora.safetensors"]
+    assert choose_files(listed, None, choose_weight_files) == ["lora.safetensors"]
 
 
 @pytest.mark.parametrize(
