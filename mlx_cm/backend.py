@@ -64,13 +64,28 @@ def silu(x: mx.array) -> mx.array:
     return nn.silu(x) if on_gpu() else x * mx.sigmoid(x)
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(scale q k^T) v with a float32 softmax.
+def gelu(x: mx.array) -> mx.array:
+    """x Phi(x) with the exact normal distribution function."""
+    return nn.gelu(x) if on_gpu() else x * (1 + mx.erf(x * 2**-0.5)) * 0.5
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """x * sigmoid(1.702 x), the approximation of OpenAI's CLIP."""
+    return nn.gelu_fast_approx(x) if on_gpu() else x * mx.sigmoid(1.702 * x)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None) -> mx.array:
+    """softmax(scale q k^T + mask) v with a float32 softmax.
 
     Args:
         q, k, v: (B, heads, tokens, head size).
+        mask: "causal"; or an array that broadcasts to (B, heads, query tokens, key tokens), either boolean (True where
+            a query may see a key) or added to the scores, in whatever float type: values below what q's type holds,
+            -inf among them, become a finite number that still weighs nothing, so no row turns into NaN.
 
     Returns:
         (B, heads, tokens, head size).
     """
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        mask = mx.maximum(mask.astype(q.dtype), mx.finfo(q.dtype).min / 2)  # half: room for the score added to it
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
