@@ -43,11 +43,18 @@ def sinusoidal_embedding(t: mx.array, width: int, *, flip_sin_to_cos: bool = Tru
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between: sinusoid (B, in) => embedding (B, width)."""
+    """Two linear layers with SiLU between: sinusoid (B, in) => embedding (B, width).
 
-    def __init__(self, in_channels: int, width: int):
+    Args:
+        cond_channels: width of a second condition, whose projection `cond_proj` is added to the sinusoid by whoever
+            has one: it stays the same from step to step while the sinusoid changes.
+    """
+
+    def __init__(self, in_channels: int, width: int, cond_channels: int | None = None):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, width)
+        if cond_channels is not None:
+            self.cond_proj = nn.Linear(cond_channels, in_channels, bias=False)
         self.linear_2 = nn.Linear(width, width)
 
     def __call__(self, sinusoid: mx.array) -> mx.array:
@@ -150,8 +157,10 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
-        return self.conv(upsample_nearest(x))
+    def __call__(self, x: mx.array, embedding: mx.array | None = None, size: tuple[int, int] | None = None) -> mx.array:
+        """(B, H, W, C) => (B, 2H, 2W, C), or (B, *size, C) where a map of odd size had been halved to H, W."""
+        x = upsample_nearest(x)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
 
 
 class SelfAttention2D(nn.Module):
