@@ -1,0 +1,439 @@
+"""The command line. A command checks its arguments, calls one library function and reports.
+
+stdout carries results only: paths, or one JSON object with --json. Progress and messages go to stderr.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mlx_cm
+from mlx_cm.errors import MlxCmError, ModelError, UsageError
+
+INTERRUPTED, TERMINATED = 130, 143
+DEFAULT_STEM = "image"
+FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
+
+# The settings a recipe carries under the name of the option that sets them.
+RECIPE_SETTINGS = ("steps", "times", "sampler", "seed", "rng", "dtype")
+
+
+def main() -> None:
+    """Runs the program and ends it with the exit code that fits what happened."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", "stopped on request", None, INTERRUPTED)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context else None
+        _fail("usage", error.format_message().rstrip("."), hint, UsageError.exit_code)
+    except BrokenPipeError:  # the reader of stdout is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MlxCmError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(error.what, error.why, error.hint, error.exit_code)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail("internal", f"{type(error).__name__}: {error}", "run again with --debug and report it", 1)
+
+
+def _fail(what: str, why: str, hint: str | None, code: int) -> None:
+    click.secho(f"error: {what}: {why}", err=True, fg="red", color=_colour())
+    if hint:
+        click.echo(f"try: {hint}", err=True)
+    sys.exit(code)
+
+
+def _colour() -> bool | None:
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def common_options(command: Callable) -> Callable:
+    """The options every command has: how much it says."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+    @functools.wraps(command)
+    def wrapped(quiet: bool, verbose: bool, debug: bool, **arguments: Any) -> Any:
+        level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+        logging.getLogger("mlx_cm").setLevel(level)
+        return command(**arguments, quiet=quiet)
+
+    return wrapped
+
+
+class Integers(click.ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "N[,N..]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, as 1 or 1,2,3", param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mlx_cm.__version__, prog_name="mlx-cm")
+def cli() -> None:
+    """Consistency models on Apple silicon: convert checkpoints, make pictures in a few steps."""
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision].")
+@click.option("-n", "--negative-prompt", metavar="TEXT", help="What the picture should not show.")
+@click.option("--label", "labels", type=Integers(), help="Class of each picture; by default drawn from its seed.")
+@click.option("--steps", type=int, help="Network calls; 1 if not given.")
+@click.option("--times", metavar="LIST", help="Noise levels 80,1.38; grid indices grid:0,22; a preset's name; auto.")
+@click.option("--sampler", default="auto", show_default=True, help="auto, onestep, multistep; heun, euler (teachers).")
+@click.option("--guidance", "guidance_scale", type=float, help="Guidance scale.")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--seed", type=Integers(), default="0", show_default=True, help="One picture for each, or --count.")
+@click.option("--count", type=int, default=1, show_default=True, help="Pictures per seed s: seeds s, s+1, ...")
+@click.option("--batch", type=int, default=1, show_default=True, help="Pictures computed at once.")
+@click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for the noise of PyTorch's CPU generator.")
+@click.option("--dtype", help="float32, float16, bfloat16; by default float16 on a GPU, float32 on a CPU.")
+@click.option("-o", "--output", metavar="PATH|DIR|-", default=".", help="File, folder, or - for stdout.")
+@click.option("--format", "image_format", help="png, jpeg or webp; by default what the file's name says, or png.")
+@click.option("--grid", is_flag=True, help="One contact sheet instead of single pictures.")
+@click.option("--metadata", type=click.Choice(["embed", "sidecar", "none"]), default="embed", show_default=True)
+@click.option("--from", "source_recipe", metavar="IMAGE|JSON", type=click.Path(path_type=Path), help="Make it again.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files instead of taking the next free name.")
+@click.option("--preview", metavar="DIR", type=click.Path(path_type=Path), help="Write the picture of every step.")
+@click.option("--json", "as_json", is_flag=True, help="Report as one JSON object.")
+@common_options
+def generate(quiet: bool, **options: Any) -> None:
+    """Make pictures.
+
+    \b
+    mlx-cm generate -m openai/diffusers-cd_imagenet64_l2 --label 207 --steps 2
+    mlx-cm generate -m cd_imagenet64_l2 --seed 0 --count 16 --grid -o grid.png
+    """
+    from mlx_cm import images
+
+    as_json, output = options["as_json"], options["output"]
+    recipe = _read_recipe(options["source_recipe"])
+    settings = _settings(options, recipe)
+    grid = options["grid"] or bool(recipe.get("grid"))
+    model = _model_ref(options["model"], recipe)
+    target = _target(output, options["image_format"])
+    extension = "png" if target is None and not options["image_format"] else options["image_format"]
+    if target is not None:
+        images.image_format(target, extension)  # a wrong format is known before the work begins
+
+    with _progress("loading", quiet, unit="B") as report:
+        pipeline = mlx_cm.load(model, dtype=settings.pop("dtype", None), progress=report)
+    _check_model(pipeline, recipe, explicit=options["model"] is not None)
+    request = pipeline.resolve(**settings)
+    total = len(request.seeds)
+    if target is None and total > 1 and not grid:
+        raise UsageError("--output -", f"stdout takes one picture, {total} were asked for", "--grid")
+
+    made, started = [], time.perf_counter()
+    with _progress("generating", quiet, unit="step") as report:
+        on_step = _on_step(report, request, options["batch"], options["preview"])
+        results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"])
+        if grid:
+            sheet = images.contact_sheet([image for _, image in results])
+            results = iter([(request, sheet)])
+        for single, image in results:
+            path = _numbered(target, single, total > 1 and not grid)
+            described = pipeline.recipe(single) | ({"grid": True} if grid else {})
+            saved = _save(image, path, described, options, extension)
+            made.append({"path": str(saved) if saved else None, **described})
+            if saved and not as_json:
+                click.echo(saved)
+    seconds = time.perf_counter() - started
+    if as_json and target is not None:
+        click.echo(json.dumps({"model": model, "seconds": round(seconds, 3), "images": made}))
+
+
+def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline is asked for: given options before the recipe's, the recipe's before defaults."""
+    context = click.get_current_context()
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+    settings = {name: recipe[name] for name in RECIPE_SETTINGS if recipe.get(name) is not None}
+    labels = recipe.get("label")
+    if labels is not None:
+        settings["labels"] = labels
+    if given("steps") or given("times"):  # one of the two decides; the recipe holds both
+        settings.pop("steps", None), settings.pop("times", None)
+    if given("seed") or given("count"):
+        settings.pop("seed", None)
+    names = ("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "guidance_scale", "width", "height")
+    for name in (*names, "seed", "count", "rng", "dtype"):
+        if given(name) or (name not in settings and options[name] is not None):
+            settings[name] = options[name]
+    return settings
+
+
+def _read_recipe(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    from mlx_cm.metadata import read_recipe
+
+    recipe = read_recipe(path)
+    if recipe.get("task") != "generate":
+        raise ModelError(str(path), f"its recipe is for {recipe.get('task')!r}, not for generate")
+    return recipe
+
+
+def _model_ref(model: str | None, recipe: dict[str, Any]) -> str:
+    if model is not None:
+        return model
+    if recipe:
+        if recipe.get("model_ref") is None:
+            raise UsageError(
+                "--from",
+                f"the picture was made with a local model, {recipe.get('model')!r}; say where it is",
+                "-m PATH",
+            )
+        return recipe["model_ref"]
+    raise UsageError("model", "none given, and none is bundled", f"mlx-cm generate -m {FIRST_MODEL} --label 207")
+
+
+def _check_model(pipeline: Any, recipe: dict[str, Any], explicit: bool) -> None:
+    """A picture is made again only by the weights that made it."""
+    made_with, loaded = recipe.get("model_sha256"), pipeline.weights_sha256
+    if not recipe or made_with == loaded:
+        return
+    why = f"the picture was made with weights {str(made_with)[:10]}, this model has {str(loaded)[:10]}"
+    if not explicit:
+        raise ModelError("--from", why, "name the model with -m to use it all the same")
+    logging.getLogger("mlx_cm").warning("--from: %s: the result will differ", why)
+
+
+def _target(output: str, image_format: str | None) -> Path | None:
+    """The file to write, or None for stdout."""
+    if output == "-":
+        return None
+    path = Path(output).expanduser()
+    if path.is_dir() or output.endswith(("/", os.sep)):
+        return path / f"{DEFAULT_STEM}.{image_format or 'png'}"
+    return path
+
+
+def _numbered(target: Path | None, request: Any, several: bool) -> Path | None:
+    if target is None or not several:
+        return target
+    return target.with_name(f"{target.stem}_s{request.seeds[0]}{target.suffix}")
+
+
+def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[str, Any], extension: str | None):
+    """Writes a picture and its metadata; returns the path, None for stdout."""
+    from mlx_cm import images, metadata
+
+    full = metadata.new_recipe(recipe)
+    embedded = (
+        {"recipe": full, "parameters": metadata.format_parameters(full)} if options["metadata"] == "embed" else {}
+    )
+    if path is None:
+        sys.stdout.buffer.write(images.encode_image(image, extension, **embedded))
+        return None
+    saved = images.save_image(image, path, format=extension, overwrite=options["overwrite"], **embedded)
+    if options["metadata"] == "sidecar":
+        metadata.write_sidecar(full, saved.with_suffix(".json"))
+    return saved
+
+
+def _on_step(report: Callable[[int, int, str], None], request: Any, batch: int, preview: Path | None) -> Callable:
+    """Shows how far the work is, and writes previews."""
+    total = len(request.seeds) * len(request.times)
+    seeds = list(request.seeds)
+    done = 0
+
+    def on_step(step: Any) -> None:
+        nonlocal done
+        done += step.x.shape[0]
+        report(done, total, "generating")
+        if preview is not None:
+            from mlx_cm import images
+
+            for seed, image in zip(seeds, images.to_pil(step.x), strict=False):
+                name = f"{DEFAULT_STEM}_s{seed}_step{step.index + 1}.png"
+                images.save_image(image, preview / name)
+        if step.index + 1 == step.total:
+            del seeds[:batch]
+
+    return on_step
+
+
+@contextlib.contextmanager
+def _progress(what: str, quiet: bool, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr where that is a terminal, told (done, total, what)."""
+    from tqdm import tqdm
+
+    bar = tqdm(
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        disable=quiet or not sys.stderr.isatty(),
+        leave=False,
+        colour=None,
+    )
+
+    def report(done: int, total: int, name: str) -> None:
+        bar.total = total
+        bar.set_description_str(name[-40:], refresh=False)
+        bar.update(done - bar.n)
+
+    with bar:
+        yield report
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value` options, each value read as JSON where it is JSON."""
+    pairs = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{value!r} is not name=value", context, parameter)
+        try:
+            pairs[name] = json.loads(text)
+        except ValueError:
+            pairs[name] = text
+    return pairs
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--dtype", help="float32, float16 or bfloat16; by default the source's.")
+@click.option("--preset", help="Which published checkpoint it is, where the tensors do not tell: cd-imagenet64-l2, ...")
+@click.option("--config", "overrides", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="A config field.")
+@click.option("--variant", help="Which weights of a folder, as fp16.")
+@click.option("--verify", is_flag=True, help="Read the result back and compare every tensor.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing model.")
+@click.option("--json", "as_json", is_flag=True, help="Report as one JSON object.")
+@common_options
+def convert(source: str, destination: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Convert a PyTorch checkpoint to a model folder, without PyTorch.
+
+    SRC is a .safetensors, .pt, .pth, .ckpt or .bin file, a folder of diffusers' layout, or a Hub id.
+    """
+    from mlx_cm.loading import convert_ref
+
+    with _progress("converting", quiet, unit="B") as progress:
+        report = convert_ref(source, destination, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps({**vars(report), "destination": str(report.destination)}))
+        return
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if not quiet:
+        verified = ", verified" if report.verified else ""
+        click.echo(
+            f"{report.family}: {report.parameters:,} parameters in {report.tensors} tensors, "
+            f"{report.bytes / 1e6:,.1f} MB{verified}",
+            err=True,
+        )
+    click.echo(report.destination)
+
+
+@cli.command()
+@click.argument("ref", metavar="REF|IMAGE")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@common_options
+def inspect(ref: str, as_json: bool, quiet: bool) -> None:
+    """Show what a model, a checkpoint, a Hub repository or a picture is."""
+    from mlx_cm.inspection import describe, report_lines
+
+    description = describe(ref)
+    if as_json:
+        click.echo(json.dumps(description))
+    else:
+        click.echo("\n".join(report_lines(description)))
+
+
+@cli.group()
+def models() -> None:
+    """Converted models in the cache."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@common_options
+def list_models(as_json: bool, quiet: bool) -> None:
+    """List the models in the cache."""
+    from mlx_cm import cache
+
+    entries = cache.entries()
+    if as_json:
+        rows = [{**vars(entry), "path": str(entry.path)} for entry in entries]
+        click.echo(json.dumps({"root": str(cache.cache_root()), "models": rows}))
+        return
+    for entry in entries:
+        revision = f"@{entry.revision[:12]}" if entry.revision else ""
+        click.echo(f"{entry.source or entry.path.name}{revision}\t{entry.size_bytes / 1e6:.1f} MB\t{entry.path}")
+    if not entries and not quiet:
+        click.echo(f"no models in {cache.cache_root()}", err=True)
+
+
+@models.command()
+@click.argument("ref", required=False)
+@common_options
+def where(ref: str | None, quiet: bool) -> None:
+    """Print where the cache, or a model in it, lies."""
+    from mlx_cm import cache
+
+    if ref is None:
+        click.echo(cache.cache_root())
+        return
+    for entry in _found(ref):
+        click.echo(entry.path)
+
+
+@models.command()
+@click.argument("ref")
+@common_options
+def remove(ref: str, quiet: bool) -> None:
+    """Remove a model from the cache. What was downloaded stays in the Hub's own cache."""
+    from mlx_cm import cache
+
+    freed = sum(cache.remove(entry) for entry in _found(ref))
+    if not quiet:
+        click.echo(f"freed {freed / 1e6:.1f} MB", err=True)
+
+
+def _found(ref: str) -> list:
+    from mlx_cm import cache
+
+    found = cache.find(ref)
+    if not found:
+        raise ModelError(ref, "is not in the cache", "mlx-cm models list")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -72,21 +72,26 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Component:
-    """A component ready to be written: nothing has been read but headers."""
+class Component:
+    """A component ready to be written: nothing but headers has been read."""
 
     config: Any
     checkpoint: Checkpoint
-    tensors: dict[str, TensorSource]
+    tensors: dict[str, TensorSource]  # by parameter
+
+    @property
+    def kind(self) -> str:
+        """The class that the config configures."""
+        return type(self.config).__name__.removesuffix("Config")
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A whole model ready to be written."""
 
     pipeline: str
     family: str
-    components: dict[str, _Component]
+    components: dict[str, Component]
     schedule: Any
     sampler: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -122,7 +127,7 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
     return Report(
         destination=destination,
         family=plan.family,
-        components=_classes(plan),
+        components={part: component.kind for part, component in plan.components.items()},
         tensors=len(tensors),
         parameters=sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors),
         bytes=total,
@@ -131,7 +136,7 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
     )
 
 
-def plan_conversion(source: Path, options: Options) -> _Plan:
+def plan_conversion(source: Path, options: Options) -> Plan:
     """Recognises the source and maps every tensor; reads headers only."""
     source = Path(source)
     if not source.exists():
@@ -146,7 +151,7 @@ def plan_conversion(source: Path, options: Options) -> _Plan:
     return _plan_flat(source, options)
 
 
-def _plan_pipeline(source: Path, options: Options) -> _Plan:
+def _plan_pipeline(source: Path, options: Options) -> Plan:
     index = read_json(source / MODEL_INDEX)
     name = index.get("_class_name")
     if name not in PIPELINES:
@@ -164,30 +169,30 @@ def _plan_pipeline(source: Path, options: Options) -> _Plan:
         schedule, sampler = family.scheduler(read_json(scheduler_path))
     except (TypeError, ValueError) as error:
         raise ModelError(str(scheduler_path), str(error)) from None
-    return _with_preset(_Plan(family.native, name, components, schedule, sampler), options)
+    return _with_preset(Plan(family.native, name, components, schedule, sampler), options)
 
 
-def _plan_lone_component(source: Path, config_path: Path, options: Options) -> _Plan:
+def _plan_lone_component(source: Path, config_path: Path, options: Options) -> Plan:
     _refuse_overrides(options)
     component = _component_with_config(source, config_path, options)
-    native = type(component.config).__name__.removesuffix("Config")
+    native = component.kind
     if native not in LONE_COMPONENTS:
         raise ModelError(str(source), f"holds a {native} alone; a whole model needs the folder above it")
     part, pipeline = LONE_COMPONENTS[native]
-    return _with_preset(_Plan(pipeline, native, {part: component}, KarrasSchedule(), {}), options)
+    return _with_preset(Plan(pipeline, native, {part: component}, KarrasSchedule(), {}), options)
 
 
-def _plan_flat(source: Path, options: Options) -> _Plan:
+def _plan_flat(source: Path, options: Options) -> Plan:
     checkpoint = open_checkpoint(source, variant=options.variant)
     family = detect(checkpoint.tensors, str(source))
     values = family.config(checkpoint.tensors, options.overrides)
     config = config_from_dict(MODELS[family.native][1], values, str(source))
     component = _mapped(config, checkpoint, family.rules(config), options, str(source))
-    plan = _Plan(family.pipeline, family.title, {family.component: component}, KarrasSchedule(), {})
+    plan = Plan(family.pipeline, family.title, {family.component: component}, KarrasSchedule(), {})
     return _with_preset(plan, options)
 
 
-def _component_with_config(source: Path, config_path: Path, options: Options) -> _Component:
+def _component_with_config(source: Path, config_path: Path, options: Options) -> Component:
     values = read_json(config_path)
     name = values.get("_class_name")
     if name not in COMPONENTS:
@@ -198,17 +203,17 @@ def _component_with_config(source: Path, config_path: Path, options: Options) ->
     return _mapped(config, checkpoint, family.rules(config), options, str(source))
 
 
-def _mapped(config: Any, checkpoint: Checkpoint, rules: list, options: Options, where: str) -> _Component:
+def _mapped(config: Any, checkpoint: Checkpoint, rules: list, options: Options, where: str) -> Component:
     model_class = next(model for model, config_class in MODELS.values() if config_class is type(config))
     try:
         mapped = apply_rules(checkpoint.tensors, rules, parameter_shapes(model_class(config)))
     except ModelError as error:
         raise ModelError(where, error.why, error.hint) from None
     dtype = DTYPE_NAMES[options.dtype] if options.dtype else None
-    return _Component(config, checkpoint, {name: cast(tensor, dtype) for name, tensor in mapped.items()})
+    return Component(config, checkpoint, {name: cast(tensor, dtype) for name, tensor in mapped.items()})
 
 
-def _with_preset(plan: _Plan, options: Options) -> _Plan:
+def _with_preset(plan: Plan, options: Options) -> Plan:
     """Adds what a preset knows, or says that nobody told which of the published models this is."""
     if plan.pipeline != "ConsistencyModelPipeline":
         if options.preset:
@@ -226,7 +231,7 @@ def _with_preset(plan: _Plan, options: Options) -> _Plan:
             f"{schedule.num_scales} noise levels; if it is a published one, pass --preset NAME ({', '.join(PRESETS)})"
         )
     settings = vars(PixelSettings(**settings))
-    return _Plan(plan.pipeline, plan.family, plan.components, schedule, settings, tuple(notes))
+    return Plan(plan.pipeline, plan.family, plan.components, schedule, settings, tuple(notes))
 
 
 def _refuse_overrides(options: Options) -> None:
@@ -236,7 +241,7 @@ def _refuse_overrides(options: Options) -> None:
         )
 
 
-def _write(plan: _Plan, folder: Path, source: Path, options: Options, total: int) -> None:
+def _write(plan: Plan, folder: Path, source: Path, options: Options, total: int) -> None:
     done = 0
 
     def reporting(tensor: TensorSource) -> TensorSource:
@@ -271,16 +276,12 @@ def _write(plan: _Plan, folder: Path, source: Path, options: Options, total: int
         "converter": f"mlx-cm {mlx_cm.__version__}",
         "dtype": options.dtype,
     }
-    kinds = _classes(plan)
+    kinds = {part: component.kind for part, component in plan.components.items()}
     kinds[SCHEDULER] = type(plan.schedule).__name__
     write_model_index(folder, ModelIndex(plan.pipeline, kinds, plan.sampler, provenance, weights))
 
 
-def _classes(plan: _Plan) -> dict[str, str]:
-    return {part: type(component.config).__name__.removesuffix("Config") for part, component in plan.components.items()}
-
-
-def _verify(plan: _Plan, folder: Path) -> None:
+def _verify(plan: Plan, folder: Path) -> None:
     """Reads every tensor back from the disk and compares it bit for bit with the source's."""
     for part, component in plan.components.items():
         written = open_checkpoint(folder / part).tensors

@@ -28,6 +28,9 @@ from mlx_cm.storage import check_safetensors
 
 log = logging.getLogger("mlx_cm")
 
+# A reference that ends so is a file's path, not a Hub id, even where there is no such file.
+FILE_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".png", ".jpg", ".jpeg", ".webp", ".json"}
+
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, what)
 
 
@@ -91,29 +94,78 @@ def native_folder(ref: str | Path, *, dtype: str | None = None, progress: Progre
         if path.is_dir() and is_native(path):
             return path
         return _converted(path, cache.local_entry(path), {}, progress)
+    return _from_hub(hub_reference(ref), "fp16" if resolve_dtype(dtype) == mx.float16 else None, progress)
+
+
+def convert_ref(source: str | Path, destination: Path, *, progress: Progress | None = None, **options: Any) -> Any:
+    """Converts a file, a folder or a Hub repository to a native model folder of the user's own.
+
+    Args:
+        options: of `mlx_cm.convert.Options`.
+
+    Returns:
+        The `Report` of `mlx_cm.convert.convert`.
+
+    Raises:
+        As `mlx_cm.convert.convert` and `mlx_cm.hub.download`.
+    """
+    from mlx_cm.convert import Options, convert  # only where something is to be converted
+
+    path = Path(source).expanduser()
+    if path.exists():
+        return convert(path, destination, Options(progress=progress, **options))
+    snapshot = _download(hub_reference(source), options.get("variant"), progress)
+    origin = {"source": snapshot.repo_id, "revision": snapshot.revision}
+    preset = options.pop("preset", None) or preset_of_repository(snapshot.repo_id)
+    return convert(snapshot.path, destination, Options(progress=progress, preset=preset, **origin, **options))
+
+
+def plan_ref(source: Path) -> Any:
+    """What a conversion of a file or folder would do; reads headers only.
+
+    Returns:
+        The `Plan` of `mlx_cm.convert`.
+
+    Raises:
+        ModelError: unknown or broken.
+    """
+    from mlx_cm.convert import Options, plan_conversion  # only where something is to be converted
+
+    return plan_conversion(source, Options())
+
+
+def hub_reference(ref: str | Path) -> hub.HubRef:
+    """The Hub repository that a reference which is no path of this machine means.
+
+    Raises:
+        ModelError: it cannot be one; the name of a missing file among them.
+    """
     hub_ref = hub.parse_ref(str(ref))
-    if hub_ref is None:
+    if hub_ref is None or Path(str(ref)).suffix.lower() in FILE_SUFFIXES:
         raise ModelError(str(ref), "no such file or folder, and not a Hub id (owner/name[@revision])")
-    return _from_hub(hub_ref, "fp16" if resolve_dtype(dtype) == mx.float16 else None, progress)
+    return hub_ref
+
+
+def _download(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> hub.Snapshot:
+    from mlx_cm.convert.readers import choose_weight_files  # what is fetched is what is read
+
+    def choose(files: Sequence[hub.RepoFile]) -> list[str]:
+        return hub.choose_files(files, variant, choose_weight_files)
+
+    return hub.download(ref, choose=choose, progress=progress)
 
 
 def _from_hub(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> Path:
-    from mlx_cm.convert.readers import choose_weight_files
-
-    def choose(files: list[hub.RepoFile]) -> list[str]:
-        return hub.choose_files(files, variant, choose_weight_files)
-
-    snapshot = hub.download(ref, choose=choose, progress=progress)
+    snapshot = _download(ref, variant, progress)
     if is_native(snapshot.path):
         return snapshot.path
-    entry = cache.hub_entry(snapshot.repo_id, snapshot.revision, variant)
     options = {
         "source": snapshot.repo_id,
         "revision": snapshot.revision,
         "preset": preset_of_repository(snapshot.repo_id),
         "variant": variant,
     }
-    return _converted(snapshot.path, entry, options, progress)
+    return _converted(snapshot.path, cache.hub_entry(snapshot.repo_id, snapshot.revision, variant), options, progress)
 
 
 def _converted(source: Path, entry: Path, options: dict[str, Any], progress: Progress | None) -> Path:

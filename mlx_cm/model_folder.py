@@ -4,6 +4,8 @@ The layout is the one of diffusers' pipelines, so that people and tools recognis
 under the names of the modules' parameters and load without any renaming.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import safetensors
 from mlx.utils import tree_flatten
 
 import mlx_cm
@@ -94,6 +97,13 @@ def read_model_index(folder: Path) -> ModelIndex:
     if malformed or not isinstance(value.get("_class_name"), str):
         raise ModelError(str(path), f"malformed or unknown entry {(malformed or ['_class_name'])[0]!r}")
     return ModelIndex(value["_class_name"], components, **sections)
+
+
+def weights_digest(weights: Mapping[str, str]) -> str | None:
+    """One digest for the weights of a model: that of its only file, or a SHA-256 over names and digests of all."""
+    if len(weights) <= 1:
+        return next(iter(weights.values()), None)
+    return hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest()
 
 
 def write_component(folder: Path, config: Any, tensors: Iterable[TensorSource]) -> dict[str, str]:
@@ -208,6 +218,21 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(str(folder / INDEX_NAME), "has no weight_map")
     return sorted({sibling_file(folder, name) for name in weight_map.values()})
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name => (safetensors dtype, shape) of every tensor of a component; reads headers only.
+
+    Raises:
+        ModelError: missing or corrupt files.
+    """
+    found = {}
+    for path in weight_files(folder):
+        check_safetensors(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            found |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    return found
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mlx_cm.errors import UsageError
 from mlx_cm.images import check_output, to_pil
+from mlx_cm.model_folder import weights_digest
 from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
 from mlx_cm.presets import PRESETS
 from mlx_cm.rng import NOISE_SOURCES, Noise, expand_seeds
@@ -186,6 +187,33 @@ class ConsistencyModelPipeline:
             for seed, label in zip(request.seeds, labels, strict=True)
         ]
 
+    @property
+    def weights_sha256(self) -> str | None:
+        """Identifies the weights: the digest of the one weights file, or a digest of those of all."""
+        return weights_digest(self.provenance.get("weights", {}))
+
+    def recipe(self, request: Request) -> dict[str, Any]:
+        """Everything that makes the pictures of a request again, in JSON's types; one seed or label stands alone."""
+        config = self.backbone.config
+        source, revision = self.provenance.get("source"), self.provenance.get("revision")
+        return {
+            "task": "generate",
+            "model": source,
+            "model_ref": f"{source}@{revision}" if revision else None,
+            "model_sha256": self.weights_sha256,
+            "label": _alone(request.labels),
+            "steps": len(request.times),
+            "times": list(request.times),
+            "sampler": request.sampler,
+            "seed": _alone(request.seeds),
+            "rng": request.rng,
+            "width": config.sample_size,
+            "height": config.sample_size,
+            "dtype": str(self.backbone.conv_in.weight.dtype).removeprefix("mlx.core."),
+            "mlx": mx.__version__,
+            "device": mx.default_device().type.name,
+        }
+
     def sample(self, request: Request, *, noise: Noise | None = None, callback: Callback | None = None) -> mx.array:
         """Makes the images of a request as one batch.
 
@@ -337,6 +365,10 @@ class ConsistencyModelPipeline:
         images = to_pil(x0)
         check_output(images)
         return images
+
+
+def _alone(values: Sequence[int] | None) -> int | list[int] | None:
+    return None if values is None else values[0] if len(values) == 1 else list(values)
 
 
 def label_of_seed(seed: int, classes: int) -> int:
