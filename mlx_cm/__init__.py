@@ -8,6 +8,7 @@ Sources cited in docstrings:
     [CTM]  Kim et al.: Consistency Trajectory Models, arXiv 2310.02279
     [LCM]  Luo, Tan, Huang, Li, Zhao: Latent Consistency Models, arXiv 2310.04378
     [TCD]  Zheng et al.: Trajectory Consistency Distillation, arXiv 2402.19159
+    [LDM]  Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752
     [ADM]  Dhariwal, Nichol: Diffusion Models Beat GANs on Image Synthesis, arXiv 2105.05233
 """
 

@@ -115,3 +115,123 @@ def padded_attention(
     if head_size > size:
         q, k, v = (mx.pad(part, [(0, 0)] * 3 + [(0, head_size - size)]) for part in (q, k, v))
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)[..., :size]
+
+
+def conv2d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, *, stride: int = 1, padding: int = 0
+) -> mx.array:
+    """2-D convolution (cross-correlation) with zero padding on all sides.
+
+    Args:
+        x: (B, H, W, C); weight (out, kernel, kernel, C); bias (out,).
+
+    Returns:
+        (B, H', W', out).
+    """
+    kernel = (weight.shape[1:3], stride, padding)
+    if not on_gpu() and kernel == ((1, 1), 1, 0):
+        return _add_product(bias, x, weight[:, 0, 0])
+    if not on_gpu() and kernel == ((3, 3), 1, 1) and _shifting_pays(x.shape):
+        return _conv3x3_shifted(x, weight, bias)
+    y = mx.conv2d(x, weight, stride=stride, padding=padding)
+    return y if bias is None else y + bias
+
+
+def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """3x3 convolution, zero-padded by one, of a map doubled in height and width by repetition.
+
+    Args:
+        x: (B, H, W, C); weight (out, 3, 3, C); bias (out,).
+
+    Returns:
+        (B, 2H, 2W, out).
+    """
+    batch, height, width, channels = x.shape
+    if not on_gpu() and _shifting_pays((batch, 2 * height, 2 * width, channels)):
+        return _upsample_conv3x3_phases(x, weight, bias)
+    return conv2d(upsample_nearest(x), weight, bias, padding=1)
+
+
+def upsample_nearest(x: mx.array) -> mx.array:
+    """Doubles height and width by repetition: (B, H, W, C) => (B, 2H, 2W, C)."""
+    batch, height, width, channels = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _shifting_pays(shape: tuple[int, ...]) -> bool:
+    """Whether a 3x3 convolution to a map of this height and width is faster on a CPU as a sum of shifted products.
+
+    Measured: small maps lose by the reordering of the kernel, few channels by the many passes over the output.
+    """
+    batch, height, width, channels = shape
+    return batch * height * width >= 4096 and min(height, width) >= 16 and channels >= 16
+
+
+def _conv3x3_shifted(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """A 3x3 convolution as nine matrix products, one per tap, of the padded map shifted by whole rows of its matrix.
+
+    Where positions are the rows of a matrix, a tap is an offset; nothing is gathered, which on a CPU costs nine times
+    the input's memory and most of the time. The columns of padding are computed too, and dropped.
+    """
+    taps = mx.contiguous(weight.transpose(1, 2, 0, 3))  # (3, 3, out, C)
+    return _sum_of_taps(
+        _flatten_padded(x), x.shape, [(dy, dx, taps[dy, dx]) for dy in range(3) for dx in range(3)], bias
+    )
+
+
+def _upsample_conv3x3_phases(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """The four phases (even and odd rows and columns) of the result, each a 2x2 convolution of the small map.
+
+    Repeated positions share an input, so their taps are added beforehand: 16 products in place of 36.
+    """
+    batch, height, width, _ = x.shape
+    flat = _flatten_padded(x)
+    phases = []
+    for phase_y in range(2):
+        rows = _fold_taps(weight.swapaxes(0, 1), phase_y)  # two of (out, 3, C)
+        for phase_x in range(2):
+            taps = [
+                (phase_y + dy, phase_x + dx, tap)
+                for dy, row in enumerate(rows)
+                for dx, tap in enumerate(_fold_taps(row.swapaxes(0, 1), phase_x))
+            ]
+            phases.append(_sum_of_taps(flat, x.shape, taps, bias))
+    y = mx.stack(phases, axis=3).reshape(batch, height, width, 2, 2, -1)
+    return y.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _fold_taps(taps: mx.array, phase: int) -> tuple[mx.array, mx.array]:
+    """Three taps over repeated positions as two over the positions themselves."""
+    return (taps[0], taps[1] + taps[2]) if phase == 0 else (taps[0] + taps[1], taps[2])
+
+
+def _flatten_padded(x: mx.array) -> mx.array:
+    """(B, H, W, C) => (B, (H + 3) (W + 2), C): a border of zeros, and a row more for the last shift to end in."""
+    batch, height, width, channels = x.shape
+    return mx.pad(x, [(0, 0), (1, 2), (1, 1), (0, 0)]).reshape(batch, (height + 3) * (width + 2), channels)
+
+
+def _sum_of_taps(
+    flat: mx.array, shape: tuple[int, ...], taps: list[tuple[int, int, mx.array]], bias: mx.array | None
+) -> mx.array:
+    """Sum over taps (dy, dx, kernel (out, C)) of the padded map moved by (dy, dx) times the kernel.
+
+    Args:
+        flat: from `_flatten_padded`.
+        shape: of the map before that, (B, H, W, C).
+
+    Returns:
+        (B, H, W, out).
+    """
+    batch, height, width, _ = shape
+    total = bias
+    for dy, dx, kernel in taps:
+        start = dy * (width + 2) + dx
+        total = _add_product(total, flat[:, start : start + height * (width + 2)], kernel)
+    return total.reshape(batch, height, width + 2, -1)[:, :, :width]
+
+
+def _add_product(start: mx.array | None, x: mx.array, kernel: mx.array) -> mx.array:
+    """start + x kernel^T, in one pass."""
+    return x @ kernel.T if start is None else mx.addmm(start, x, kernel.T)

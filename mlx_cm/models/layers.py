@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_cm import backend
+from mlx_cm.backend import upsample_nearest
 
 
 class GroupNorm(nn.Module):
@@ -21,6 +22,40 @@ class GroupNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return backend.group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class Conv2d(nn.Module):
+    """2-D convolution, zero-padded, in the form the back end computes fastest.
+
+    Parameters: `weight` (out, kernel, kernel, in) and, unless bias is False, `bias` (out,).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        bound = (in_channels * kernel_size**2) ** -0.5
+        self.weight = mx.random.uniform(-bound, bound, (out_channels, kernel_size, kernel_size, in_channels))
+        if bias:
+            self.bias = mx.zeros((out_channels,))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: mx.array, *, upsample: bool = False) -> mx.array:
+        """(B, H, W, C) => (B, H', W', C').
+
+        Args:
+            upsample: the map is doubled in height and width by repetition first; for 3x3 kernels padded by one.
+        """
+        if upsample:
+            return backend.upsample_conv2d(x, self.weight, self.get("bias"))
+        return backend.conv2d(x, self.weight, self.get("bias"), stride=self.stride, padding=self.padding)
 
 
 def sinusoidal_embedding(t: mx.array, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> mx.array:
@@ -61,13 +96,6 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(backend.silu(self.linear_1(sinusoid)))
 
 
-def upsample_nearest(x: mx.array) -> mx.array:
-    """Doubles height and width by repetition: (B, H, W, C) => (B, 2H, 2W, C)."""
-    batch, height, width, channels = x.shape
-    x = mx.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
 def downsample_mean(x: mx.array) -> mx.array:
     """Halves height and width by 2x2 means, an odd last row or column left out: (B, H, W, C) => (B, H//2, W//2, C)."""
     batch, height, width, channels = x.shape
@@ -104,13 +132,13 @@ class ResnetBlock2D(nn.Module):
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if embedding_channels is not None:
             self.time_emb_proj = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
         self.scale_shift, self.resample = scale_shift, resample
 
     def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
@@ -141,7 +169,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, *, padding: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
     def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
@@ -155,12 +183,13 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array, embedding: mx.array | None = None, size: tuple[int, int] | None = None) -> mx.array:
         """(B, H, W, C) => (B, 2H, 2W, C), or (B, *size, C) where a map of odd size had been halved to H, W."""
-        x = upsample_nearest(x)
-        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+        if size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
+            return self.conv(x, upsample=True)
+        return self.conv(upsample_nearest(x)[:, : size[0], : size[1]])
 
 
 class SelfAttention2D(nn.Module):
