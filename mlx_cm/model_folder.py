@@ -21,8 +21,12 @@ import mlx_cm
 from mlx_cm.backend import default_dtype
 from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_cm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
+from mlx_cm.models.clip_text import CLIPTextConfig, CLIPTextModel
 from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
-from mlx_cm.schedules import KarrasSchedule
+from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 from mlx_cm.storage import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -41,8 +45,14 @@ SHARD_BYTES = 5 * 10**9
 WEIGHTS_METADATA = {"format": "mlx", "layout": "channels-last"}
 
 # Everything a model folder can hold, by the name its config gives.
-MODELS = {"UNet2D": (UNet2D, UNet2DConfig)}
-SCHEDULES = {"KarrasSchedule": KarrasSchedule}
+MODELS = {
+    "UNet2D": (UNet2D, UNet2DConfig),
+    "UNet2DCondition": (UNet2DCondition, UNet2DConditionConfig),
+    "AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig),
+    "AutoencoderTiny": (AutoencoderTiny, AutoencoderTinyConfig),
+    "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
+}
+SCHEDULES = {"KarrasSchedule": KarrasSchedule, "DiscreteSchedule": DiscreteSchedule}
 SCHEDULE_CONFIG = "scheduler_config.json"
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -3,11 +3,12 @@
 All of it is computed in float32 whatever the weights' type, since it decides the picture.
 """
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_cm.schedules import KarrasSchedule
+from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 
 Network = Callable[..., mx.array]  # net(x, t, **cond) -> F; x, F (B, H, W, C), t (B,)
 Denoiser = Callable[..., mx.array]  # f(x, t, **cond) -> x0; t a noise level, a number or shape (B,)
@@ -57,6 +58,53 @@ def log_sigma_conditioning(t: mx.array, scale: float) -> mx.array:
     scale 250 for OpenAI's consistency models ([CM]: 1000 times [EDM]'s), 0.25 for [EDM] and the CIFAR-10 models.
     """
     return scale * mx.log(t.astype(mx.float32))
+
+
+def lcm_scalings(timestep: float, sigma_data: float, timestep_scaling: float) -> tuple[float, float]:
+    """Scalings of a latent consistency function, (c_skip, c_out); near the identity at timestep 0.
+
+    [LCM] section 4.1 and its released code. Unlike `cm_scalings`, c_out has no factor sigma_data: the network's x0
+    enters whole.
+    """
+    scaled = timestep_scaling * timestep
+    total = scaled**2 + sigma_data**2
+    return sigma_data**2 / total, scaled / math.sqrt(total)
+
+
+# prediction_type => (x_t, network output, alpha, sigma) => (x0, noise)
+PREDICTIONS: dict[str, Callable[[mx.array, mx.array, float, float], tuple[mx.array, mx.array]]] = {
+    # x_t = alpha x0 + sigma noise, solved for what the network does not give.
+    "epsilon": lambda x, output, alpha, sigma: ((x - sigma * output) / alpha, output),
+    "sample": lambda x, output, alpha, sigma: (output, (x - alpha * output) / sigma),
+    # v = alpha noise - sigma x0: Salimans, Ho, Progressive Distillation, arXiv 2202.00512, appendix D.
+    "v_prediction": lambda x, output, alpha, sigma: (alpha * x - sigma * output, alpha * output + sigma * x),
+}
+
+
+def predicted_x0_and_noise(
+    net: Network, schedule: DiscreteSchedule, x: mx.array, timestep: int, **cond
+) -> tuple[mx.array, mx.array]:
+    """What one network call says of the clean latents and the noise in x_t, both float32, shape (B, H, W, C)."""
+    x = x.astype(mx.float32)
+    output = net(x, mx.array([timestep], dtype=mx.float32), **cond).astype(mx.float32)
+    return PREDICTIONS[schedule.prediction_type](x, output, *schedule.marginal(timestep))
+
+
+def latent_consistency_function(net: Network, schedule: DiscreteSchedule, *, sigma_data: float = 0.5) -> Denoiser:
+    """f(x, t) = c_skip(t) x + c_out(t) x0(x, t).
+
+    [LCM] equation 9. The published models have sigma_data = 0.5 whatever the scale of their latents.
+
+    Returns:
+        f(x, timestep, **cond) -> x0 in float32, shape (B, H, W, C).
+    """
+
+    def f(x: mx.array, timestep: int, **cond) -> mx.array:
+        x0, _ = predicted_x0_and_noise(net, schedule, x, timestep, **cond)
+        c_skip, c_out = lcm_scalings(timestep, sigma_data, schedule.timestep_scaling)
+        return c_skip * x.astype(mx.float32) + c_out * x0
+
+    return f
 
 
 def consistency_function(

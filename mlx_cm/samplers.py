@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_cm.parameterization import Denoiser
+from mlx_cm.parameterization import Denoiser, Network, predicted_x0_and_noise
 from mlx_cm.rng import Noise
+from mlx_cm.schedules import DiscreteSchedule
 
 Jump = Callable[[mx.array, float, float], mx.array]  # g(x, t, s) -> x_s
 
@@ -98,6 +99,39 @@ def sample_trajectory(
     Arguments and result as for `sample_jumps`.
     """
     return sample_jumps(g, x, times, [*times[1:], 0.0], schedule, noise=noise, callback=callback)
+
+
+def sample_tcd(
+    g: Jump,
+    x: mx.array,
+    times: Sequence[int],
+    schedule: DiscreteSchedule,
+    *,
+    eta: float,
+    noise: Noise,
+    callback: Callback | None = None,
+) -> mx.array:
+    """Strategic stochastic sampling: each jump lands on s = floor((1 - eta) t_next), the last one on timestep 0.
+
+    [TCD] algorithm 4, there gamma. eta = 0 follows the trajectory, eta = 1 jumps to its end each time.
+    Other arguments and result as for `sample_jumps`.
+    """
+    landings = [math.floor((1 - eta) * t_next) for t_next in (*times[1:], 0)]
+    return sample_jumps(g, x, times, landings, schedule, noise=noise, callback=callback)
+
+
+def trajectory_jump(net: Network, schedule: DiscreteSchedule, **cond) -> Jump:
+    """x_s = alpha_s x0 + sigma_s noise with both as the network predicts them at t.
+
+    [TCD] equation 8; one step of DDIM.
+    """
+
+    def jump(x: mx.array, t: int, s: int) -> mx.array:
+        x0, noise = predicted_x0_and_noise(net, schedule, x, t, **cond)
+        alpha_s, sigma_s = schedule.marginal(s)
+        return alpha_s * x0 + sigma_s * noise
+
+    return jump
 
 
 def consistency_jump(f: Denoiser, **cond) -> Jump:

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -105,3 +106,121 @@ class KarrasSchedule:
         if any(later >= earlier for earlier, later in itertools.pairwise(times)):
             raise UsageError(f"times {', '.join(f'{t:g}' for t in times)}", "noise levels must descend")
         return times
+
+
+CLEAN = -1  # the level below timestep 0 of a discrete schedule: no noise at all
+
+# Noise added per timestep, by its published name; Stable Diffusion's is linear in the square root.
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
+    "linear": lambda start, end, count: np.linspace(start, end, count),
+    "scaled_linear": lambda start, end, count: np.linspace(start**0.5, end**0.5, count) ** 2,
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """Shifts and scales sqrt(alphas_cumprod) so that the last timestep holds no signal.
+
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891, algorithm 1.
+    """
+    root = np.sqrt(alphas_cumprod)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule:
+    """Variance-preserving schedule with integer timesteps: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+
+    a_t is `alphas_cumprod[t]`, the running product of 1 - beta. [LCM] section 3; field names are diffusers'.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "epsilon"  # what the network gives: noise, velocity or data
+    original_inference_steps: int = 50  # solver steps of the distillation; a consistency model knows these timesteps
+    timestep_scaling: float = 10.0  # of the boundary condition, `lcm_scalings`
+
+    def __post_init__(self):
+        for name, known in (("beta_schedule", BETA_SCHEDULES), ("prediction_type", PREDICTION_TYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not supported, expected one of {list(known)}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"expected 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"original_inference_steps {self.original_inference_steps}: expected 1 to {self.num_train_timesteps}"
+            )
+        if not math.isfinite(self.timestep_scaling) or self.timestep_scaling <= 0:
+            raise ValueError(f"expected timestep_scaling > 0, got {self.timestep_scaling}")
+
+    @property
+    def t_min(self) -> int:
+        """Where a consistency function lands."""
+        return CLEAN
+
+    @property
+    def t_max(self) -> int:
+        """Where sampling starts."""
+        return self.num_train_timesteps - 1
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """a_0 > a_1 > ..., float64, shape (num_train_timesteps,)."""
+        betas = BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
+        products = np.cumprod(1 - betas)
+        return zero_terminal_snr(products) if self.rescale_betas_zero_snr else products
+
+    def marginal(self, t: int) -> tuple[float, float]:
+        """(alpha, sigma) with x_t = alpha * x_0 + sigma * noise; (1, 0) at CLEAN."""
+        product = 1.0 if t == CLEAN else float(self.alphas_cumprod[t])
+        return math.sqrt(product), math.sqrt(1 - product)
+
+    def lcm_timesteps(
+        self, steps: int, *, strength: float = 1.0, original_inference_steps: int | None = None
+    ) -> tuple[int, ...]:
+        """`steps` timesteps at even distance among those of the distillation, descending.
+
+        [LCM] section 4.3, in the form of diffusers' `LCMScheduler`: of the timesteps k - 1, 2k - 1, ... with
+        k = T // original_inference_steps the first `strength` part is kept.
+
+        Args:
+            strength: how much of the trajectory is walked, (0, 1]; below 1 for a start from a picture.
+
+        Raises:
+            UsageError: more steps than timesteps are left, or a setting out of range.
+        """
+        original = self.original_inference_steps if original_inference_steps is None else original_inference_steps
+        if not 1 <= original <= self.num_train_timesteps:
+            raise UsageError(f"original steps {original}", f"expected 1 to {self.num_train_timesteps}")
+        if not 0 < strength <= 1:  # false for NaN too
+            raise UsageError(f"strength {strength}", "expected above 0, at most 1")
+        available = int(original * strength)
+        if not 1 <= steps <= available:
+            raise UsageError(
+                f"steps {steps}",
+                f"expected 1 to {available}: the model was distilled with {original} steps, of which strength "
+                f"{strength:g} leaves {available}",
+            )
+        distilled = np.arange(available, 0, -1) * (self.num_train_timesteps // original) - 1
+        chosen = np.floor(np.linspace(0, available, steps, endpoint=False)).astype(int)
+        return tuple(int(timestep) for timestep in distilled[chosen])
+
+    def check_times(self, times: Sequence[float]) -> tuple[int, ...]:
+        """Validates timesteps given by a caller.
+
+        Raises:
+            UsageError: empty, no integers, not descending, or outside 0 ... T-1.
+        """
+        if not len(times):
+            raise UsageError("times", "the list is empty; give at least one timestep", f"--times {self.t_max}")
+        for t in times:
+            if not math.isfinite(t) or t != int(t):
+                raise UsageError(f"times {t}", "a timestep of this model is a whole number")
+            if not 0 <= t <= self.t_max:
+                raise UsageError(f"times {t:g}", f"a timestep of this model lies in 0 to {self.t_max}")
+        if any(later >= earlier for earlier, later in itertools.pairwise(times)):
+            raise UsageError(f"times {', '.join(f'{t:g}' for t in times)}", "timesteps must descend")
+        return tuple(int(t) for t in times)
