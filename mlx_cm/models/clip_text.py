@@ -187,6 +187,8 @@ class CLIPTextModel(nn.Module):
     OpenCLIP's ViT-H/14 without its last layer (SD 2.x) and ViT-bigG/14 (SDXL).
     """
 
+    float32_parts: tuple[str, ...] = ()  # norms keep float32 statistics in any case
+
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.config = config
