@@ -51,12 +51,14 @@ PUBLISHED = {
 
 
 def shrink(config: dict) -> dict:
-    """The same layout at an eighth of the width, with narrow conditions."""
+    """The same layout at a sixteenth of the width, with narrow conditions."""
     small = config | {
-        "block_out_channels": [width // 8 for width in config["block_out_channels"]],
-        "norm_num_groups": 8,
+        "block_out_channels": [width // 16 for width in config["block_out_channels"]],
+        "norm_num_groups": 4,
         "cross_attention_dim": 24,
     }
+    if small["attention_head_dim"] == 8:  # does not divide 320 / 16
+        small["attention_head_dim"] = 4
     if "time_cond_proj_dim" in config:
         small["time_cond_proj_dim"] = 12
     if "addition_embed_type" in config:
