@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from mlx_cm import backend
 from mlx_cm.models.layers import (
+    Conv2d,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -269,7 +270,7 @@ class UNet2D(nn.Module):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.embedding_channels)
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.embedding_channels)
@@ -289,7 +290,7 @@ class UNet2D(nn.Module):
             width = out
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def __call__(self, x: mx.array, t: mx.array, class_labels: mx.array | None = None) -> mx.array:
         """One evaluation of the network.

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_cm import backend
 from mlx_cm.models.layers import (
+    Conv2d,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -372,7 +373,7 @@ class Transformer2D(nn.Module):
         width = level.width
         self.norm = GroupNorm(config.norm_num_groups, width, ENTRY_NORM_EPS)
         self.proj_in, self.proj_out = (
-            nn.Linear(width, width) if config.use_linear_projection else nn.Conv2d(width, width, 1) for _ in range(2)
+            nn.Linear(width, width) if config.use_linear_projection else Conv2d(width, width, 1) for _ in range(2)
         )
         self.transformer_blocks = [BasicTransformerBlock(level) for _ in range(depth)]
 
@@ -480,9 +481,7 @@ class UNet2DCondition(nn.Module):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(
-            config.in_channels, widths[0], config.conv_in_kernel, padding=config.conv_in_kernel // 2
-        )
+        self.conv_in = Conv2d(config.in_channels, widths[0], config.conv_in_kernel, padding=config.conv_in_kernel // 2)
         self.time_embedding = TimestepEmbedding(widths[0], config.embedding_channels, config.time_cond_proj_dim)
         if config.addition_embed_type == "text_time":
             self.add_embedding = TimestepEmbedding(
@@ -504,7 +503,7 @@ class UNet2DCondition(nn.Module):
             width = level.width
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(
+        self.conv_out = Conv2d(
             widths[0], config.out_channels, config.conv_out_kernel, padding=config.conv_out_kernel // 2
         )
 
