@@ -349,9 +349,9 @@ def convert(source: str, destination: Path, as_json: bool, quiet: bool, **option
     if as_json:
         click.echo(json.dumps({**vars(report), "destination": str(report.destination)}))
         return
-    for note in report.notes:
-        click.echo(f"note: {note}", err=True)
     if not quiet:
+        for note in report.notes:
+            click.echo(f"note: {note}", err=True)
         verified = ", verified" if report.verified else ""
         click.echo(
             f"{report.family}: {report.parameters:,} parameters in {report.tensors} tensors, "

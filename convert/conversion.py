@@ -19,6 +19,7 @@ from mlx_cm.model_folder import (
     MODEL_INDEX,
     MODELS,
     ModelIndex,
+    class_of,
     is_native,
     parameter_shapes,
     write_component,
@@ -82,7 +83,7 @@ class Component:
     @property
     def kind(self) -> str:
         """The class that the config configures."""
-        return type(self.config).__name__.removesuffix("Config")
+        return class_of(self.config)
 
 
 @dataclass(frozen=True)

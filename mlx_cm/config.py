@@ -37,9 +37,8 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) 
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The JSON form of a config, every field written out, headed by the name of what it configures."""
-    name = type(config).__name__.removesuffix("Config")
-    return {"_class_name": name, **dataclasses.asdict(config)}
+    """The JSON form of a config, every field written out."""
+    return dataclasses.asdict(config)
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:

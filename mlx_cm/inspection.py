@@ -123,7 +123,7 @@ def describe_component(kind: str, config: Any, tensors: dict[str, tuple[str, tup
         "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
         "bytes": sum(sizes[name] * NUMPY_DTYPES[dtype].itemsize for name, (dtype, _) in tensors.items()),
         "memory_bytes": (parameters + activations) * computed,
-        "config": {name: value for name, value in config_to_dict(config).items() if name[0] != "_"},
+        "config": config_to_dict(config),
         "shapes": {name: list(shape) for name, (_, shape) in tensors.items()},
     }
 

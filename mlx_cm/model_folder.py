@@ -109,6 +109,11 @@ def read_model_index(folder: Path) -> ModelIndex:
     return ModelIndex(value["_class_name"], components, **sections)
 
 
+def class_of(config: Any) -> str:
+    """Name of the model that a config is for."""
+    return next(name for name, (_, config_class) in MODELS.items() if config_class is type(config))
+
+
 def weights_digest(weights: Mapping[str, str]) -> str | None:
     """One digest for the weights of a model: that of its only file, or a SHA-256 over names and digests of all."""
     if len(weights) <= 1:
@@ -124,7 +129,7 @@ def write_component(folder: Path, config: Any, tensors: Iterable[TensorSource]) 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config_to_dict(config))
+    write_json(folder / "config.json", {"_class_name": class_of(config), **config_to_dict(config)})
     shards = _shards(list(tensors))
     if len(shards) == 1:
         return {WEIGHTS_NAME: write_safetensors(folder / WEIGHTS_NAME, shards[0], WEIGHTS_METADATA)}

@@ -111,6 +111,8 @@ def openai_unet_config(tensors: Mapping[str, TensorSource], overrides: Mapping[s
         "layers_per_block": layers,
         "down_block_types": tuple("AttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attended),
         "up_block_types": tuple("AttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in reversed(attended)),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
         "attention_head_dim": HEAD_CHANNELS,
         "attn_norm_num_groups": 32 if scale_shift else None,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
