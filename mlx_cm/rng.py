@@ -1,14 +1,14 @@
 """Randomness is an argument: where the noise of a sampler or an edit comes from.
 
 A noise source is a callable `noise(shape, index)` that returns standard normal float32, channels-last, the batch first.
-Index 0 is the starting noise, index i >= 1 the draw after step i. Image k of a batch depends on seed k alone, so it
-does not change with the batch it is made in.
+Index 0 is the starting noise, index i >= 1 the draw after step i; what an autoencoder draws for the pictures given to it
+has indexes below 0. Image k of a batch depends on seed k alone, so it does not change with the batch it is made in.
 """
 
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,9 @@ import numpy as np
 from mlx_cm.errors import UsageError
 
 Noise = Callable[[tuple[int, ...], int], mx.array]
+
+IMAGE_POSTERIOR = -1  # the draw for the latents of a starting picture; made before the starting noise
+MASKED_POSTERIOR = -2  # the draw for the latents of a masked picture; made after the starting noise
 
 SEED_LIMIT = 2**64
 _WORD = 0xFFFFFFFF
@@ -70,7 +73,7 @@ def mlx_noise(seeds: Sequence[int]) -> Noise:
         seeds: one per image of the batch.
 
     Raises:
-        UsageError: a seed outside 0 ... 2^64 - 1; when called, a batch of another size or a negative index.
+        UsageError: a seed outside 0 ... 2^64 - 1; when called, a batch of another size or an unknown index.
     """
     keys = [mx.random.split(mx.random.key(seed))[0] for seed in check_seeds(seeds)]
 
@@ -83,14 +86,14 @@ def mlx_noise(seeds: Sequence[int]) -> Noise:
 
 def _fold(key: mx.array, index: int) -> mx.array:
     """A key for one draw: the index goes into the low word of a key that is a hash already, and is hashed with it."""
-    return mx.random.split(key ^ mx.array([0, index], dtype=mx.uint32))[0]
+    return mx.random.split(key ^ mx.array([0, index & _WORD], dtype=mx.uint32))[0]
 
 
 def _check_request(shape: tuple[int, ...], index: int, images: int) -> None:
     if len(shape) == 0 or shape[0] != images:
         raise UsageError("noise", f"asked for shape {tuple(shape)}, but there are seeds for a batch of {images}")
-    if not 0 <= index <= _WORD:
-        raise UsageError("noise", f"expected a draw index of 0 or more, got {index}")
+    if not MASKED_POSTERIOR <= index <= _WORD + MASKED_POSTERIOR:
+        raise UsageError("noise", f"expected a draw index of {MASKED_POSTERIOR} or more, got {index}")
 
 
 class TorchNoise:
@@ -100,8 +103,9 @@ class TorchNoise:
     with seed k, which is what diffusers pipelines draw from a list of generators; the values are drawn in that NCHW
     order and then moved to channels-last.
 
-    A generator is a stream whose next value depends on all before it, so one object serves one run: indexes are asked
-    for in growing order (a step that draws nothing leaves its index out, as PyTorch draws nothing there).
+    A generator is a stream whose next value depends on all before it, so one object serves one run: indexes from 0 on
+    are asked for in growing order (a step that draws nothing leaves its index out, as PyTorch draws nothing there), and
+    an autoencoder's draws at the place where diffusers makes them.
 
     Draws of 16 values and more are those of PyTorch on x86 with AVX2, the path every x86 processor of the last decade
     takes; there logarithm, sine and cosine are float32 polynomials. On ARM, PyTorch uses the C library's functions
@@ -120,13 +124,13 @@ class TorchNoise:
 
     def __call__(self, shape: tuple[int, ...], index: int) -> mx.array:
         _check_request(shape, index, len(self._generators))
-        if index <= self._last_index:
+        if 0 <= index <= self._last_index:
             raise UsageError(
                 "torch noise",
                 f"draw {index} was asked for after draw {self._last_index}, but PyTorch's generator only goes forward",
                 "make a new noise source for every run",
             )
-        self._last_index = index
+        self._last_index = max(index, self._last_index)
         inner = tuple(shape[1:])
         channels_first = inner[-1:] + inner[:-1]
         draws = [generator.normal(math.prod(inner)).reshape(channels_first) for generator in self._generators]
@@ -139,16 +143,17 @@ def torch_noise(seeds: Sequence[int]) -> Noise:
     return TorchNoise(seeds)
 
 
-def replay_noise(arrays: Sequence[mx.array | np.ndarray]) -> Noise:
+def replay_noise(arrays: Sequence[mx.array | np.ndarray] | Mapping[int, mx.array | np.ndarray]) -> Noise:
     """Replays given noise: `arrays[index]` is draw `index`, as taken from another implementation's run.
 
     Raises:
         UsageError: when called, for a draw beyond the last array or of another shape.
     """
-    draws = [mx.array(array).astype(mx.float32) for array in arrays]
+    pairs = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
+    draws = {index: mx.array(array).astype(mx.float32) for index, array in pairs}
 
     def noise(shape: tuple[int, ...], index: int) -> mx.array:
-        if not 0 <= index < len(draws):
+        if index not in draws:
             raise UsageError("replayed noise", f"draw {index} was asked for, but only {len(draws)} are there")
         if draws[index].shape != tuple(shape):
             raise UsageError(

@@ -147,7 +147,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_mlx_draws_are_distinct_and_standard_normal():
     seeds = [0, 1, 2, 3, 2**32, 2**32 + 1]
-    draws = np.concatenate([np.array(mlx_noise(seeds)((6, 4096), index)) for index in (0, 1, 2, 3, 2**32 - 1)])
+    draws = np.concatenate([np.array(mlx_noise(seeds)((6, 4096), index)) for index in (0, 1, 2, 3, 2**32 - 3)])
     assert draws.dtype == np.float32
     correlation = np.corrcoef(draws)
     np.fill_diagonal(correlation, 0)
@@ -158,7 +158,7 @@ def test_mlx_draws_are_distinct_and_standard_normal():
 
 
 @pytest.mark.parametrize("make", NOISE_SOURCES.values(), ids=NOISE_SOURCES.keys())
-@pytest.mark.parametrize(("shape", "index"), [((3, 4), 0), ((), 0), ((2, 4), -1), ((2, 4), 2**32)])
+@pytest.mark.parametrize(("shape", "index"), [((3, 4), 0), ((), 0), ((2, 4), -3), ((2, 4), 2**32)])
 def test_a_request_that_does_not_fit_is_refused(make, shape, index):
     with pytest.raises(UsageError, match="noise"):
         make([1, 2])(shape, index)
