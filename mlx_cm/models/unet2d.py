@@ -45,6 +45,16 @@ FIXED_SETTINGS = {
     "class_embed_type": None,
     "mid_block_scale_factor": 1.0,
 }
+# Settings that are at least 1 where they are given.
+COUNTS = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "num_class_embeds",
+    "time_embedding_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -100,16 +110,37 @@ class UNet2DConfig:
             for value in given:
                 if value not in known:
                     raise ValueError(f"{name}: {value!r} is not supported, expected one of {list(known)}")
-        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        counts = (
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "num_class_embeds",
+        )
+        for name in (*counts, "time_embedding_dim"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 0 <= self.norm_eps < 1:  # false for NaN too
+            raise ValueError(f"norm_eps: expected at least 0 and below 1, got {self.norm_eps}")
         if self.sample_size % 2 ** (levels - 1):
             raise ValueError(f"sample_size {self.sample_size} cannot be halved {levels - 1} times")
         for width in self.block_out_channels:
+            if width < 1:
+                raise ValueError(f"block_out_channels: expected widths of at least 1, got {width}")
             for name in ("norm_num_groups", "attention_head_dim"):
-                divisor = getattr(self, name)
-                if divisor is not None and (divisor < 1 or width % divisor):
-                    raise ValueError(f"{name} {divisor} does not divide the block width {width}")
+                self._check_divides(name, width)
+        self._check_divides("attn_norm_num_groups", self.block_out_channels[-1])
+        half = self.block_out_channels[0] // 2
+        if not 0 <= self.freq_shift < half:
+            raise ValueError(
+                f"freq_shift: expected 0 to {half - 1}, below half of the first width, got {self.freq_shift}"
+            )
+
+    def _check_divides(self, name: str, width: int) -> None:
+        divisor = getattr(self, name)
+        if divisor is not None and (divisor < 1 or width % divisor):
+            raise ValueError(f"{name} {divisor} does not divide the block width {width}")
 
     @property
     def embedding_channels(self) -> int:

@@ -1,0 +1,202 @@
+"""Scalings against diffusers', and whole solvers against data for which the answer is known in closed form.
+
+For data N(m, s^2) per pixel the probability flow from level t to level u ends at m + (x - m) sqrt((s^2 + u^2) / (s^2 +
+t^2)), and the best denoiser is m + (x - m) s^2 / (s^2 + t^2).
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler
+
+from mlx_cm.parameterization import cm_scalings, consistency_function, edm_denoiser, edm_scalings
+from mlx_cm.rng import mlx_noise
+from mlx_cm.samplers import (
+    consistency_jump,
+    euler_jump,
+    heun_jump,
+    sample_multistep,
+    sample_trajectory,
+)
+from mlx_cm.schedules import KarrasSchedule, karras_sigmas
+
+MEAN, DEVIATION = 0.3, 0.4  # m and s of the data
+LEVELS = [0.002, 0.0021, 0.05, 0.5, 1.38, 17.0, 80.0]
+
+
+def flow(x: mx.array, t: float, u: float) -> mx.array:
+    """Where the probability flow carries x from level t to level u."""
+    return MEAN + (x - MEAN) * math.sqrt((DEVIATION**2 + u**2) / (DEVIATION**2 + t**2))
+
+
+def network_of(solution, scalings):
+    """The network F that makes `c_skip x + c_out F(c_in x, 250 ln t)` equal to `solution(x, t)`."""
+
+    def net(scaled: mx.array, c_noise: mx.array) -> mx.array:
+        t = mx.exp(c_noise / 250)
+        c_skip, c_out, c_in = scalings(t)
+        x = scaled / c_in
+        return (solution(x, t.reshape(-1, 1, 1, 1)) - c_skip * x) / c_out
+
+    return net
+
+
+def analytic_denoiser(x: mx.array, t: float) -> mx.array:
+    return MEAN + (x - MEAN) * DEVIATION**2 / (DEVIATION**2 + t**2)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_scalings_are_diffusers(sigma_data):
+    reference = CMStochasticIterativeScheduler(sigma_data=sigma_data)
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    inner = 1 / (levels**2 + sigma_data**2) ** 0.5
+    for ours, theirs in [
+        (edm_scalings(mx.array(LEVELS), sigma_data), reference.get_scalings(levels)),
+        (cm_scalings(mx.array(LEVELS), sigma_data, 0.002), reference.get_scalings_for_boundary_condition(levels)),
+    ]:
+        for one, other in zip(ours, (*theirs, inner), strict=True):
+            assert one.shape == (len(LEVELS), 1, 1, 1)
+            assert one.dtype == mx.float32
+            # t - sigma_min cancels digits near sigma_min
+            np.testing.assert_allclose(np.array(one).reshape(-1), other.numpy(), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_scalings_are_float32_whatever_comes_in(dtype):
+    for scalings in (edm_scalings(mx.array([2.0], dtype=dtype), 0.5), cm_scalings(mx.array([2.0], dtype), 0.5, 0.002)):
+        assert [one.dtype for one in scalings] == [mx.float32] * 3
+
+
+@pytest.mark.parametrize("sigma_min", [0.002, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.3])
+def test_boundary_condition_holds_to_the_last_bit(sigma_min, sigma_data):
+    schedule = KarrasSchedule(sigma_min=sigma_min, sigma_data=sigma_data)
+    f = consistency_function(lambda x, t: 1e4 * mx.sin(x) + t.reshape(-1, 1, 1, 1), schedule, clip=False)
+    x = 3 * mx.random.normal((2, 5, 4, 3), key=mx.random.key(0))
+    assert mx.array_equal(f(x, sigma_min), x)
+
+
+def test_boundary_condition_is_not_the_teachers():
+    schedule = KarrasSchedule(sigma_min=0.1)
+    x = mx.ones((1, 2, 2, 3))
+    assert not mx.allclose(edm_denoiser(lambda x, t: 0 * x, schedule, clip=False)(x, 0.1), x)
+
+
+@pytest.mark.parametrize("make", [consistency_function, edm_denoiser])
+def test_result_is_float32_and_clipped_on_request(make):
+    x = mx.random.normal((2, 3, 3, 3), key=mx.random.key(1)).astype(mx.float16) * 8
+
+    def net(x, t):
+        return (9 * x).astype(mx.float16)
+
+    plain, clipped = (make(net, KarrasSchedule(), clip=clip)(x, 2.0) for clip in (False, True))
+    assert plain.dtype == clipped.dtype == mx.float32
+    assert mx.abs(plain).max() > 1
+    assert mx.array_equal(clipped, mx.clip(plain, -1, 1))
+
+
+@pytest.mark.parametrize("make", [consistency_function, edm_denoiser])
+def test_a_level_per_image_is_that_image_alone(make):
+    f = make(lambda x, t: mx.sin(x) + 0.001 * t.reshape(-1, 1, 1, 1), KarrasSchedule(), clip=False)
+    x = mx.random.normal((3, 2, 2, 1), key=mx.random.key(2))
+    together = f(x, mx.array([80.0, 1.5, 0.002]))
+    for image, level in enumerate((80.0, 1.5, 0.002)):
+        assert mx.array_equal(together[image], f(x[image : image + 1], level)[0])
+
+
+def test_conditions_reach_the_network():
+    seen = {}
+
+    def net(x, t, class_labels):
+        seen["labels"] = class_labels
+        return x
+
+    consistency_function(net, KarrasSchedule())(mx.ones((2, 2, 2, 3)), 1.0, class_labels=mx.array([4, 7]))
+    assert seen["labels"].tolist() == [4, 7]
+
+
+@pytest.mark.parametrize("noise_scale", [250.0, 0.25])
+def test_the_network_is_told_the_scaled_logarithm(noise_scale):
+    seen = []
+    f = consistency_function(lambda x, t: seen.append(t) or x, KarrasSchedule(), noise_scale=noise_scale)
+    f(mx.ones((2, 2, 2, 3)), 80.0)
+    assert seen[0].tolist() == pytest.approx([noise_scale * math.log(80.0)] * 2, rel=1e-6)
+
+
+# --- consistency sampling of a known distribution
+# sigma_min is large, so that noise of sqrt(t^2 - sigma_min^2) and noise of t are told apart.
+COARSE = KarrasSchedule(sigma_min=0.5, sigma_max=8.0)
+CONSISTENCY_NET = network_of(
+    lambda x, t: MEAN + (x - MEAN) * mx.sqrt((DEVIATION**2 + COARSE.sigma_min**2) / (DEVIATION**2 + t**2)),
+    lambda t: cm_scalings(t, COARSE.sigma_data, COARSE.sigma_min),
+)
+
+
+def test_one_step_is_the_closed_form():
+    f = consistency_function(CONSISTENCY_NET, COARSE, clip=False)
+    noise = mlx_noise([5])
+    x = 8.0 * noise((1, 9, 7, 3), 0)
+    ours = sample_multistep(consistency_jump(f), x, (8.0,), COARSE, noise=noise)
+    np.testing.assert_allclose(np.array(ours), np.array(flow(x, 8.0, COARSE.sigma_min)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("times", [(8.0,), (8.0, 1.0), (8.0, 3.0, 0.6)])
+def test_multistep_ends_in_the_data_distribution(times):
+    f = consistency_function(CONSISTENCY_NET, COARSE, clip=False)
+    noise = mlx_noise([11])
+    shape = (1, 300, 300, 1)
+    # The exact marginal at the start, so that any deviation comes from the sampler.
+    x = MEAN + math.sqrt(DEVIATION**2 + times[0] ** 2) * noise(shape, 0)
+    samples = np.array(sample_multistep(consistency_jump(f), x, times, COARSE, noise=noise), dtype=np.float64)
+    variance = DEVIATION**2 + COARSE.sigma_min**2
+    count = samples.size
+    assert samples.mean() == pytest.approx(MEAN, abs=4 * math.sqrt(variance / count))
+    assert samples.var() == pytest.approx(variance, rel=4 * math.sqrt(2 / count))
+
+
+# --- solvers of the probability flow
+
+
+def solve(jump, steps: int) -> float:
+    """Largest error of a solver that walks from level 10 to sigma_min, relative to the data's deviation."""
+    schedule = KarrasSchedule(sigma_min=0.02, sigma_max=10.0)
+    x = 10.0 * mlx_noise([3])((1, 8, 8, 3), 0)
+    levels = karras_sigmas(steps + 1, schedule.sigma_min, schedule.sigma_max, 3.0).tolist()
+    states = []
+    sample_trajectory(
+        jump(analytic_denoiser), x, levels, schedule, noise=None, callback=lambda step: states.append(step.x)
+    )
+    return float(mx.abs(states[-2] - flow(x, 10.0, schedule.sigma_min)).max()) / DEVIATION
+
+
+@pytest.mark.parametrize(("jump", "order"), [(euler_jump, 1), (heun_jump, 2)])
+def test_error_falls_with_the_order_of_the_solver(jump, order):
+    steps = np.array([16, 32, 64, 128])
+    errors = np.array([solve(jump, int(count)) for count in steps])
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.2), errors
+    assert errors[-1] < {1: 0.1, 2: 2e-3}[order]
+
+
+def test_heun_beats_euler():
+    assert solve(heun_jump, 32) < solve(euler_jump, 32) / 5
+
+
+@pytest.mark.parametrize("jump", [euler_jump, heun_jump])
+def test_the_last_step_to_zero_is_the_denoiser(jump):
+    x = mx.random.normal((1, 4, 4, 3), key=mx.random.key(6))
+    ours = sample_trajectory(jump(analytic_denoiser), x, (0.7,), KarrasSchedule(), noise=None)
+    np.testing.assert_allclose(np.array(ours), np.array(analytic_denoiser(x, 0.7)), atol=1e-6)
+
+
+def test_an_edm_network_solves_the_flow():
+    schedule = KarrasSchedule()
+    net = network_of(analytic_denoiser, lambda t: edm_scalings(t, schedule.sigma_data))
+    denoise = edm_denoiser(net, schedule, clip=False)
+    x = 80.0 * mlx_noise([8])((1, 6, 6, 3), 0)
+    levels = karras_sigmas(240, schedule.sigma_min, schedule.sigma_max, schedule.rho).tolist()
+    ours = sample_trajectory(heun_jump(denoise), x, levels, schedule, noise=None)
+    np.testing.assert_allclose(np.array(ours), np.array(flow(x, 80.0, 0.0)), atol=1e-3)
