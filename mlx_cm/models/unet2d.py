@@ -110,15 +110,7 @@ class UNet2DConfig:
             for value in given:
                 if value not in known:
                     raise ValueError(f"{name}: {value!r} is not supported, expected one of {list(known)}")
-        counts = (
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "num_class_embeds",
-        )
-        for name in (*counts, "time_embedding_dim"):
+        for name in COUNTS:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 <= self.norm_eps < 1:  # false for NaN too
@@ -131,11 +123,8 @@ class UNet2DConfig:
             for name in ("norm_num_groups", "attention_head_dim"):
                 self._check_divides(name, width)
         self._check_divides("attn_norm_num_groups", self.block_out_channels[-1])
-        half = self.block_out_channels[0] // 2
-        if not 0 <= self.freq_shift < half:
-            raise ValueError(
-                f"freq_shift: expected 0 to {half - 1}, below half of the first width, got {self.freq_shift}"
-            )
+        if not 0 <= self.freq_shift < self.block_out_channels[0] // 2:
+            raise ValueError(f"freq_shift: expected at least 0 and below half the first width, got {self.freq_shift}")
 
     def _check_divides(self, name: str, width: int) -> None:
         divisor = getattr(self, name)
