@@ -87,8 +87,8 @@ def openai_unet_config(tensors: Mapping[str, TensorSource], overrides: Mapping[s
     Raises:
         ModelError: not a layout that OpenAI's code makes.
     """
-    width = tensors["input_blocks.0.0.weight"].shape[0]
-    numbers = sorted({int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.", name) for name in tensors) if m})
+    width = _size(tensors, "input_blocks.0.0.weight")
+    numbers = sorted({int(m[1]) for m in (re.match(r"input_blocks\.(\d{1,4})\.", name) for name in tensors) if m})
     if numbers != list(range(len(numbers))):
         raise ModelError("checkpoint", f"input_blocks are not numbered 0 to {len(numbers) - 1}: some are missing")
     if any(re.match(r"input_blocks\.\d+\.0\.op\.", name) for name in tensors):
@@ -100,13 +100,13 @@ def openai_unet_config(tensors: Mapping[str, TensorSource], overrides: Mapping[s
     firsts = [1 + level * (layers + 1) for level in range(level_count)]
     widths = tuple(_out_channels(tensors, f"input_blocks.{first}.0") for first in firsts)
     attended = [f"input_blocks.{first}.1.qkv.weight" in tensors for first in firsts]
-    projected = tensors["middle_block.0.emb_layers.1.weight"].shape[0]
+    projected = _size(tensors, "middle_block.0.emb_layers.1.weight")
     scale_shift = projected == 2 * _out_channels(tensors, "middle_block.0")
     finest = attended.index(True) if any(attended) else 0
     fields: dict[str, object] = {
         "sample_size": FINEST_ATTENTION * 2**finest,
-        "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
-        "out_channels": tensors["out.2.weight"].shape[0],
+        "in_channels": _size(tensors, "input_blocks.0.0.weight", axis=1),
+        "out_channels": _size(tensors, "out.2.weight"),
         "block_out_channels": widths,
         "layers_per_block": layers,
         "down_block_types": tuple("AttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attended),
@@ -116,18 +116,24 @@ def openai_unet_config(tensors: Mapping[str, TensorSource], overrides: Mapping[s
         "attention_head_dim": HEAD_CHANNELS,
         "attn_norm_num_groups": 32 if scale_shift else None,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
-        "num_class_embeds": tensors["label_emb.weight"].shape[0] if "label_emb.weight" in tensors else None,
+        "num_class_embeds": _size(tensors, "label_emb.weight") if "label_emb.weight" in tensors else None,
     }
-    if tensors["time_embed.0.weight"].shape[0] != 4 * width:
-        fields["time_embedding_dim"] = tensors["time_embed.0.weight"].shape[0]
+    if (embedded := _size(tensors, "time_embed.0.weight")) != 4 * width:
+        fields["time_embedding_dim"] = embedded
     return {**fields, **overrides}
 
 
 def _out_channels(tensors: Mapping[str, TensorSource], block: str) -> int:
-    name = f"{block}.in_layers.2.weight"
+    return _size(tensors, f"{block}.in_layers.2.weight")
+
+
+def _size(tensors: Mapping[str, TensorSource], name: str, axis: int = 0) -> int:
     if name not in tensors:
         raise ModelError("checkpoint", f"{name} is missing")
-    return tensors[name].shape[0]
+    shape = tensors[name].shape
+    if len(shape) <= axis:
+        raise ModelError("checkpoint", f"{name}: expected at least {axis + 1} axes, got shape {shape}")
+    return shape[axis]
 
 
 def _levels_and_layers(tensors: Mapping[str, TensorSource], blocks: int) -> tuple[int, int]:
