@@ -1,8 +1,8 @@
 """Randomness is an argument: where the noise of a sampler or an edit comes from.
 
 A noise source is a callable `noise(shape, index)` that returns standard normal float32, channels-last, the batch first.
-Index 0 is the starting noise, index i >= 1 the draw after step i; what an autoencoder draws for the pictures given to it
-has indexes below 0. Image k of a batch depends on seed k alone, so it does not change with the batch it is made in.
+Index 0 is the starting noise, index i >= 1 the draw after step i; what an autoencoder draws for a given picture has an
+index below 0. Image k of a batch depends on seed k alone, so it does not change with the batch it is made in.
 """
 
 import math

@@ -15,6 +15,7 @@ from mlx_cm.rng import Noise
 from mlx_cm.schedules import DiscreteSchedule
 
 Jump = Callable[[mx.array, float, float], mx.array]  # g(x, t, s) -> x_s
+Constraint = Callable[[mx.array, float], mx.array]  # (x_t, t) -> x_t with its known part put in
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def sample_jumps(
     *,
     noise: Noise,
     callback: Callback | None = None,
+    constrain: Constraint | None = None,
 ) -> mx.array:
     """Jumps from each time to its landing, re-noising to the next time in between.
 
@@ -66,6 +68,7 @@ def sample_jumps(
         schedule: gives `marginal`.
         noise: source of the draws; index i + 1 is the draw after step i.
         callback: called with a `Step` after each jump.
+        constrain: applied to the state at every time but the first, and at the end.
 
     Returns:
         The state after the last jump, shape (B, H, W, C).
@@ -76,48 +79,39 @@ def sample_jumps(
         if callback is not None:
             callback(Step(i, len(times), t, s, x))
         if i + 1 < len(times):
-            x = renoise(x, s, times[i + 1], schedule, lambda x=x, i=i: noise(x.shape, i + 1))
+            s, x = times[i + 1], renoise(x, s, times[i + 1], schedule, lambda x=x, i=i: noise(x.shape, i + 1))
+        if constrain is not None:
+            x = constrain(x, s)
     return x
 
 
-def sample_multistep(
-    g: Jump, x: mx.array, times: Sequence[float], schedule, *, noise: Noise, callback: Callback | None = None
-) -> mx.array:
+def sample_multistep(g: Jump, x: mx.array, times: Sequence[float], schedule, **options) -> mx.array:
     """Multistep consistency sampling: to the clean end, re-noise, again. With one time it is one-step generation.
 
-    [CM] algorithm 1. Arguments and result as for `sample_jumps`.
+    [CM] algorithm 1, [LCM] algorithm 3. Arguments, options and result as for `sample_jumps`.
     """
-    return sample_jumps(g, x, times, [schedule.t_min] * len(times), schedule, noise=noise, callback=callback)
+    return sample_jumps(g, x, times, [schedule.t_min] * len(times), schedule, **options)
 
 
-def sample_trajectory(
-    g: Jump, x: mx.array, times: Sequence[float], schedule, *, noise: Noise, callback: Callback | None = None
-) -> mx.array:
+def sample_trajectory(g: Jump, x: mx.array, times: Sequence[float], schedule, **options) -> mx.array:
     """Follows the trajectory: each jump lands on the next time, the last one on 0, and no noise is added.
 
     With `euler_jump` and `heun_jump` the deterministic samplers of [EDM]; with a trajectory model [CTM]'s gamma = 0.
-    Arguments and result as for `sample_jumps`.
+    Arguments, options and result as for `sample_jumps`.
     """
-    return sample_jumps(g, x, times, [*times[1:], 0.0], schedule, noise=noise, callback=callback)
+    return sample_jumps(g, x, times, [*times[1:], 0.0], schedule, **options)
 
 
 def sample_tcd(
-    g: Jump,
-    x: mx.array,
-    times: Sequence[int],
-    schedule: DiscreteSchedule,
-    *,
-    eta: float,
-    noise: Noise,
-    callback: Callback | None = None,
+    g: Jump, x: mx.array, times: Sequence[int], schedule: DiscreteSchedule, *, eta: float, **options
 ) -> mx.array:
     """Strategic stochastic sampling: each jump lands on s = floor((1 - eta) t_next), the last one on timestep 0.
 
     [TCD] algorithm 4, there gamma. eta = 0 follows the trajectory, eta = 1 jumps to its end each time.
-    Other arguments and result as for `sample_jumps`.
+    Other arguments, options and result as for `sample_jumps`.
     """
     landings = [math.floor((1 - eta) * t_next) for t_next in (*times[1:], 0)]
-    return sample_jumps(g, x, times, landings, schedule, noise=noise, callback=callback)
+    return sample_jumps(g, x, times, landings, schedule, **options)
 
 
 def trajectory_jump(net: Network, schedule: DiscreteSchedule, **cond) -> Jump:

@@ -249,7 +249,11 @@ class AutoencoderKL(nn.Module):
             x: images, (B, H, W, in_channels).
             noise: standard normal, (B, H/8, W/8, latent_channels).
         """
-        mean, logvar = self.encode(x)
+        return self.scaled(self.encode(x), noise)
+
+    def scaled(self, moments: tuple[mx.array, mx.array], noise: mx.array | None = None) -> mx.array:
+        """Scaled latents of what `encode` returns: a draw, or the mode where there is no noise."""
+        mean, logvar = moments
         return self.to_scaled(mean if noise is None else sample_posterior(mean, logvar, noise))
 
     def decode_scaled(self, z: mx.array) -> mx.array:

@@ -177,7 +177,11 @@ class AutoencoderTiny(nn.Module):
             x: images, (B, H, W, in_channels).
             noise: has no effect: this encoder has no posterior to draw from.
         """
-        return (self.encode(x) - self.config.shift_factor) * self.config.scaling_factor
+        return self.scaled(self.encode(x))
+
+    def scaled(self, latents: mx.array, noise: mx.array | None = None) -> mx.array:
+        """Scaled latents of what `encode` returns; noise has no effect."""
+        return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def decode_scaled(self, z: mx.array) -> mx.array:
         """Images of scaled latents: (B, h, w, latent_channels) => (B, 8h, 8w, out_channels), float32."""

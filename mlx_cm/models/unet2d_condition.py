@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_cm import backend
 from mlx_cm.models.layers import (
@@ -277,6 +278,11 @@ class PromptContext:
     up: list
     guidance: mx.array | None = None  # projected guidance embedding, (B, block_out_channels[0]), float32
     added: mx.array | None = None  # embedding of pooled text and sizes, (B, embedding_channels), float32
+
+    def arrays(self) -> list[mx.array]:
+        """All arrays, for whoever wants them computed before the weights behind them are released."""
+        tree = [self.down, self.mid, self.up, self.guidance, self.added]
+        return [leaf for _, leaf in tree_flatten(tree) if leaf is not None]
 
 
 class Attention(nn.Module):

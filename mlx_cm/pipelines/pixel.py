@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from mlx_cm.errors import UsageError
-from mlx_cm.images import check_output, to_pil
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
+from mlx_cm.pipelines.request import alone, check_rng, pictures, refuse_settings, split_request
 from mlx_cm.presets import PRESETS
 from mlx_cm.rng import NOISE_SOURCES, Noise, expand_seeds
 from mlx_cm.samplers import (
@@ -71,7 +71,13 @@ NO_USE = {
     "image": "this model starts from noise",
     "strength": "this model starts from noise",
     "mask": "this model starts from noise",
+    "eta": "this model's samplers have no such setting",
+    "original_steps": "this model's steps are levels of its own grid",
+    "prompt_weights": "this model has no text encoder",
 }
+
+
+PER_IMAGE = ("seeds", "labels")
 
 
 @dataclass(frozen=True)
@@ -152,13 +158,14 @@ class ConsistencyModelPipeline:
             UsageError: a setting is wrong or of no use to this model.
             OutputError: a picture is not finite, or blank.
         """
-        refused = {name: value for name, value in others.items() if value is not None}
         request = self.resolve(
-            labels=labels, steps=steps, times=times, seed=seed, count=count, sampler=sampler, rng=rng, **refused
+            labels=labels, steps=steps, times=times, seed=seed, count=count, sampler=sampler, rng=rng, **others
         )
-        if noise is not None:
-            return self._pictures(self.sample(request, noise=noise, callback=callback))
-        return [image for _, image in self.iterate(request, callback=callback, batch_size=batch_size)]
+        if noise is None:
+            results = self.iterate(request, callback=callback, batch_size=batch_size)
+        else:
+            results = pictures([request], PER_IMAGE, [self.sample(request, noise=noise, callback=callback)])
+        return [image for _, image in results]
 
     def iterate(
         self, request: Request, *, callback: Callback | None = None, batch_size: int = 1
@@ -168,24 +175,8 @@ class ConsistencyModelPipeline:
         Yields:
             Each picture with the request that makes it alone.
         """
-        if batch_size < 1:
-            raise UsageError(f"batch_size {batch_size}", "expected at least 1")
-        singles = self.singles(request)
-        for start in range(0, len(singles), batch_size):
-            batch = singles[start : start + batch_size]
-            seeds = tuple(single.seeds[0] for single in batch)
-            labels = None if request.labels is None else tuple(single.labels[0] for single in batch)
-            x0 = self.sample(replace(request, seeds=seeds, labels=labels), callback=callback)
-            yield from zip(batch, self._pictures(x0), strict=True)
-
-    @staticmethod
-    def singles(request: Request) -> list[Request]:
-        """The request for each image alone."""
-        labels = request.labels or [None] * len(request.seeds)
-        return [
-            replace(request, seeds=(seed,), labels=None if label is None else (label,))
-            for seed, label in zip(request.seeds, labels, strict=True)
-        ]
+        batches = split_request(request, PER_IMAGE, batch_size)
+        return pictures(batches, PER_IMAGE, (self.sample(batch, callback=callback) for batch in batches))
 
     @property
     def weights_sha256(self) -> str | None:
@@ -201,11 +192,11 @@ class ConsistencyModelPipeline:
             "model": source,
             "model_ref": f"{source}@{revision}" if revision else None,
             "model_sha256": self.weights_sha256,
-            "label": _alone(request.labels),
+            "label": alone(request.labels),
             "steps": len(request.times),
             "times": list(request.times),
             "sampler": request.sampler,
-            "seed": _alone(request.seeds),
+            "seed": alone(request.seeds),
             "rng": request.rng,
             "width": config.sample_size,
             "height": config.sample_size,
@@ -249,9 +240,13 @@ class ConsistencyModelPipeline:
         Raises:
             UsageError: a setting is wrong or of no use to this model.
         """
-        self._refuse(others)
-        if rng not in NOISE_SOURCES:
-            raise UsageError(f"rng {rng!r}", f"expected one of {', '.join(NOISE_SOURCES)}")
+        size = self.backbone.config.sample_size
+        for name in ("width", "height"):
+            value = others.pop(name, None)
+            if value not in (None, size):
+                raise UsageError(f"{name} {value}", f"this model makes pictures of {size} by {size} pixels only")
+        refuse_settings(others, NO_USE)
+        check_rng(rng)
         seeds, labels = self._seeds_and_labels(seed, count, labels)
         sampler = self._resolve_sampler(sampler)
         times = self.resolve_times(times, steps)
@@ -348,27 +343,6 @@ class ConsistencyModelPipeline:
         if len(labels) != len(seeds):
             raise UsageError(f"{len(labels)} labels", f"expected one, or one for each of the {len(seeds)} images")
         return seeds, tuple(labels)
-
-    def _refuse(self, others: dict[str, Any]) -> None:
-        size = self.backbone.config.sample_size
-        for name, value in others.items():
-            if name in ("width", "height"):
-                if value != size:
-                    raise UsageError(f"{name} {value}", f"this model makes pictures of {size} by {size} pixels only")
-            elif name in NO_USE:
-                raise UsageError(name, f"{NO_USE[name]}, so the setting would have no effect")
-            else:
-                raise TypeError(f"generate() has no setting {name!r}")
-
-    @staticmethod
-    def _pictures(x0: mx.array) -> list[Image.Image]:
-        images = to_pil(x0)
-        check_output(images)
-        return images
-
-
-def _alone(values: Sequence[int] | None) -> int | list[int] | None:
-    return None if values is None else values[0] if len(values) == 1 else list(values)
 
 
 def label_of_seed(seed: int, classes: int) -> int:

@@ -1,0 +1,74 @@
+"""What requests of all pipelines share."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from PIL import Image
+
+from mlx_cm.errors import UsageError
+from mlx_cm.images import check_output, to_pil
+from mlx_cm.rng import NOISE_SOURCES
+
+RequestT = TypeVar("RequestT")
+
+
+def check_rng(rng: str) -> None:
+    """Refuses an unknown noise source."""
+    if rng not in NOISE_SOURCES:
+        raise UsageError(f"rng {rng!r}", f"expected one of {', '.join(NOISE_SOURCES)}")
+
+
+def split_request(request: RequestT, per_image: Sequence[str], size: int) -> list[RequestT]:
+    """The request cut into requests for `size` images each.
+
+    Args:
+        per_image: names of the fields that hold one value per image; a field may be None as a whole.
+
+    Raises:
+        UsageError: size below 1.
+    """
+    if size < 1:
+        raise UsageError(f"batch_size {size}", "expected at least 1")
+    given = {name: getattr(request, name) for name in per_image if getattr(request, name) is not None}
+    count = len(next(iter(given.values())))
+    return [
+        replace(request, **{name: values[start : start + size] for name, values in given.items()})
+        for start in range(0, count, size)
+    ]
+
+
+def pictures(
+    batches: Sequence[RequestT], per_image: Sequence[str], made: Iterable[mx.array]
+) -> Iterator[tuple[RequestT, Image.Image]]:
+    """Yields each picture with the request that makes it alone.
+
+    Args:
+        made: images of each batch, (B, H, W, C) in [-1, 1]; taken one after the other.
+
+    Raises:
+        OutputError: a picture is not finite, or blank.
+    """
+    for batch, x in zip(batches, made, strict=True):
+        images = to_pil(x)
+        check_output(images)
+        yield from zip(split_request(batch, per_image, 1), images, strict=True)
+
+
+def refuse_settings(others: dict[str, Any], reasons: dict[str, str]) -> None:
+    """Refuses settings that the loaded model has no use for; none is silently dropped.
+
+    Raises:
+        UsageError: a setting of another pipeline. TypeError: no setting of any.
+    """
+    for name, value in others.items():
+        if name not in reasons:
+            raise TypeError(f"generate() has no setting {name!r}")
+        if value is not None:
+            raise UsageError(name, f"{reasons[name]}, so the setting would have no effect")
+
+
+def alone(values: Sequence[Any] | None) -> Any:
+    """The value of a request for one image, the list of values for several; JSON's types."""
+    return None if values is None else values[0] if len(values) == 1 else list(values)
