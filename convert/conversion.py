@@ -2,60 +2,31 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import mlx_cm
-from mlx_cm.config import config_from_dict
-from mlx_cm.convert.casting import DTYPE_NAMES, cast
-from mlx_cm.convert.families import COMPONENTS, LONE_COMPONENTS, PIPELINES, detect
-from mlx_cm.convert.keymaps.rules import apply_rules
+from mlx_cm.convert import pixel
+from mlx_cm.convert.families import COMPONENTS
+from mlx_cm.convert.keymaps.openai_unet import is_openai_unet
+from mlx_cm.convert.planning import CONFIG, Options, Plan, component_with_config, published_class, refuse_overrides
 from mlx_cm.convert.readers import Checkpoint, open_checkpoint
+from mlx_cm.convert.schedulers import SCHEDULER
 from mlx_cm.errors import DiskError, ModelError, UsageError
 from mlx_cm.model_folder import (
     MODEL_INDEX,
-    MODELS,
     ModelIndex,
-    class_of,
     is_native,
-    parameter_shapes,
     write_component,
     write_model_index,
     write_schedule,
 )
-from mlx_cm.pipelines.pixel import PixelSettings
-from mlx_cm.presets import PRESETS
-from mlx_cm.schedules import KarrasSchedule
 from mlx_cm.storage import TensorSource, atomic_folder, disk_errors, read_json, sha256_file
 
-SCHEDULER = "scheduler"
 SPARE_BYTES = 64 * 2**20  # left free on the disk beside the model itself
-
-Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, tensor)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to convert."""
-
-    dtype: str | None = None  # "float32", "float16", "bfloat16"; None keeps the source's
-    preset: str | None = None  # of mlx_cm.presets: what the tensors of pixel models cannot tell
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # config fields that a flat checkpoint does not hold
-    variant: str | None = None  # "fp16": the variant of the source files
-    verify: bool = False  # read back and compare every tensor
-    overwrite: bool = False
-    source: str | None = None  # what to call the source: a Hub id; None: the file's name
-    revision: str | None = None
-    progress: Progress | None = None
-
-    def __post_init__(self):
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
-            raise UsageError(f"dtype {self.dtype!r}", f"expected one of {', '.join(DTYPE_NAMES)}")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise UsageError(f"preset {self.preset!r}", f"expected one of {', '.join(PRESETS)}")
 
 
 @dataclass(frozen=True)
@@ -73,29 +44,21 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Component:
-    """A component ready to be written: nothing but headers has been read."""
+class FileFamily:
+    """A checkpoint that is nothing but tensors: size and layout are read off them."""
 
-    config: Any
-    checkpoint: Checkpoint
-    tensors: dict[str, TensorSource]  # by parameter
-
-    @property
-    def kind(self) -> str:
-        """The class that the config configures."""
-        return class_of(self.config)
+    title: str
+    matches: Callable[[Mapping[str, TensorSource]], bool]
+    plan: Callable[[Path, Checkpoint, Options], Plan]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A whole model ready to be written."""
-
-    pipeline: str
-    family: str
-    components: dict[str, Component]
-    schedule: Any
-    sampler: dict[str, Any]
-    notes: tuple[str, ...] = ()
+# diffusers' pipeline class => how such a folder is converted.
+PIPELINES: dict[str, Callable[[Path, Mapping[str, Any], Options], Plan]] = {
+    "ConsistencyModelPipeline": pixel.plan_pipeline,
+}
+FILE_FAMILIES = (FileFamily(pixel.OPENAI_TITLE, is_openai_unet, pixel.plan_openai_file),)
+# A component alone is a whole model where nothing else is needed to sample it.
+LONE_COMPONENTS = {"UNet2D": pixel.plan_component}
 
 
 def convert(source: Path, destination: Path, options: Options | None = None) -> Report:
@@ -146,10 +109,10 @@ def plan_conversion(source: Path, options: Options) -> Plan:
         if is_native(source):
             raise UsageError(str(source), "is a native model already")
         return _plan_pipeline(source, options)
-    config_path = (source if source.is_dir() else source.parent) / "config.json"
-    if config_path.is_file() and (source.is_dir() or read_json(config_path).get("_class_name") in COMPONENTS):
+    config_path = (source if source.is_dir() else source.parent) / CONFIG
+    if config_path.is_file() and (source.is_dir() or published_class(read_json(config_path)) in COMPONENTS):
         return _plan_lone_component(source, config_path, options)
-    return _plan_flat(source, options)
+    return _plan_file(source, options)
 
 
 def _plan_pipeline(source: Path, options: Options) -> Plan:
@@ -159,87 +122,29 @@ def _plan_pipeline(source: Path, options: Options) -> Plan:
         raise ModelError(
             str(source / MODEL_INDEX), f"_class_name {name!r} is not supported, expected one of {list(PIPELINES)}"
         )
-    family = PIPELINES[name]
-    _refuse_overrides(options)
-    components = {
-        part: _component_with_config(source / part, source / part / "config.json", options)
-        for part in family.components
-    }
-    scheduler_path = source / SCHEDULER / "scheduler_config.json"
-    try:
-        schedule, sampler = family.scheduler(read_json(scheduler_path))
-    except (TypeError, ValueError) as error:
-        raise ModelError(str(scheduler_path), str(error)) from None
-    return _with_preset(Plan(family.native, name, components, schedule, sampler), options)
+    return PIPELINES[name](source, index, options)
 
 
 def _plan_lone_component(source: Path, config_path: Path, options: Options) -> Plan:
-    _refuse_overrides(options)
-    component = _component_with_config(source, config_path, options)
-    native = component.kind
-    if native not in LONE_COMPONENTS:
-        raise ModelError(str(source), f"holds a {native} alone; a whole model needs the folder above it")
-    part, pipeline = LONE_COMPONENTS[native]
-    return _with_preset(Plan(pipeline, native, {part: component}, KarrasSchedule(), {}), options)
+    refuse_overrides(options)
+    component = component_with_config(source, options, config_path=config_path)
+    if component.kind not in LONE_COMPONENTS:
+        raise ModelError(str(source), f"holds a {component.kind} alone; a whole model needs the folder above it")
+    return LONE_COMPONENTS[component.kind](component, options)
 
 
-def _plan_flat(source: Path, options: Options) -> Plan:
+def _plan_file(source: Path, options: Options) -> Plan:
     checkpoint = open_checkpoint(source, variant=options.variant)
-    family = detect(checkpoint.tensors, str(source))
-    values = family.config(checkpoint.tensors, options.overrides)
-    config = config_from_dict(MODELS[family.native][1], values, str(source))
-    component = _mapped(config, checkpoint, family.rules(config), options, str(source))
-    plan = Plan(family.pipeline, family.title, {family.component: component}, KarrasSchedule(), {})
-    return _with_preset(plan, options)
-
-
-def _component_with_config(source: Path, config_path: Path, options: Options) -> Component:
-    values = read_json(config_path)
-    name = values.get("_class_name")
-    if name not in COMPONENTS:
-        raise ModelError(str(config_path), f"_class_name {name!r} is not supported, expected one of {list(COMPONENTS)}")
-    family = COMPONENTS[name]
-    config = config_from_dict(MODELS[family.native][1], values, str(config_path))
-    checkpoint = open_checkpoint(source, variant=options.variant)
-    return _mapped(config, checkpoint, family.rules(config), options, str(source))
-
-
-def _mapped(config: Any, checkpoint: Checkpoint, rules: list, options: Options, where: str) -> Component:
-    model_class = next(model for model, config_class in MODELS.values() if config_class is type(config))
-    try:
-        mapped = apply_rules(checkpoint.tensors, rules, parameter_shapes(model_class(config)))
-    except ModelError as error:
-        raise ModelError(where, error.why, error.hint) from None
-    dtype = DTYPE_NAMES[options.dtype] if options.dtype else None
-    return Component(config, checkpoint, {name: cast(tensor, dtype) for name, tensor in mapped.items()})
-
-
-def _with_preset(plan: Plan, options: Options) -> Plan:
-    """Adds what a preset knows, or says that nobody told which of the published models this is."""
-    if plan.pipeline != "ConsistencyModelPipeline":
-        if options.preset:
-            raise UsageError(f"preset {options.preset}", "is for pixel-space consistency models only")
-        return plan
-    settings = dict(plan.sampler)
-    schedule, notes = plan.schedule, list(plan.notes)
-    if options.preset:
-        preset = PRESETS[options.preset]
-        settings |= {"preset": options.preset, "parameterization": preset.parameterization}
-        schedule = KarrasSchedule(**{**vars(schedule), "num_scales": preset.num_scales})
-    elif not plan.sampler:
-        notes.append(
-            "the tensors do not tell how the model was trained: taken as a consistency model with a grid of "
-            f"{schedule.num_scales} noise levels; if it is a published one, pass --preset NAME ({', '.join(PRESETS)})"
+    for family in FILE_FAMILIES:
+        if family.matches(checkpoint.tensors):
+            return family.plan(source, checkpoint, options)
+    shown = ", ".join(list(checkpoint.tensors)[:5])
+    if any(name.startswith("down_blocks.") for name in checkpoint.tensors):
+        raise ModelError(
+            str(source), "has diffusers' names but no config.json beside it", "convert the folder that holds both"
         )
-    settings = vars(PixelSettings(**settings))
-    return Plan(plan.pipeline, plan.family, plan.components, schedule, settings, tuple(notes))
-
-
-def _refuse_overrides(options: Options) -> None:
-    if options.overrides:
-        raise UsageError(
-            f"config {', '.join(options.overrides)}", "this source has a config.json, which says it; edit that instead"
-        )
+    known = "; ".join(family.title for family in FILE_FAMILIES)
+    raise ModelError(str(source), f"its tensors ({shown}, ...) belong to no known family. Known: {known}")
 
 
 def _write(plan: Plan, folder: Path, source: Path, options: Options, total: int) -> None:

@@ -18,14 +18,27 @@ class Rule:
 
     source: str
     targets: tuple[str, ...]
+    transposed: bool = False  # a matrix that the source stores as (in, out)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A module has another place; whatever is inside keeps its names."""
+
+    source: str
+    target: str
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Tensors whose name ends so are not needed, and why."""
+    """Tensors whose name ends and begins so are not needed, and why."""
 
     suffix: str
     reason: str
+    prefix: str = ""
+
+
+RuleLike = Rule | Move | Drop
 
 
 def rename(source: str, target: str, leaves: Mapping[str, str | tuple[str, ...]] | None = None) -> list[Rule]:
@@ -51,17 +64,22 @@ def rename(source: str, target: str, leaves: Mapping[str, str | tuple[str, ...]]
 
 
 def apply_rules(
-    source: Mapping[str, TensorSource], rules: Iterable[Rule | Drop], target_shapes: Mapping[str, tuple[int, ...]]
+    source: Mapping[str, TensorSource],
+    rules: Iterable[RuleLike],
+    target_shapes: Mapping[str, tuple[int, ...]],
+    prefix: str = "",
 ) -> dict[str, TensorSource]:
     """Maps a PyTorch checkpoint onto a model's parameters.
 
     A name on which both sides agree needs no rule. A rule for what neither side has is idle: one table serves every
-    size of a family. Layouts follow from the shapes (`to_channels_last`). Nothing is read from the file.
+    size of a family. Of rules that apply to a name, a `Drop` comes first, then a `Rule`, then the `Move` of the
+    innermost module. Layouts follow from the shapes (`to_channels_last`). Nothing is read from the file.
 
     Args:
         source: the checkpoint's tensors by name.
         rules: the family's name table.
         target_shapes: shape of every parameter of the model, channels-last.
+        prefix: what the names have before them in the file, for messages.
 
     Returns:
         For every parameter its tensor, in the order of `target_shapes`.
@@ -82,7 +100,12 @@ def apply_rules(
         if any(target not in target_shapes for target in targets):
             extra.append(name)
             continue
-        for target, part in zip(targets, _parts(tensor, len(targets)), strict=True):
+        try:
+            parts = _parts(tensor, len(targets))
+        except ValueError as error:
+            misshaped |= dict.fromkeys(targets, f"{name}: {error}")
+            continue
+        for target, part in zip(targets, parts, strict=True):
             if target in filled:
                 twice.append(target)
             try:
@@ -94,12 +117,17 @@ def apply_rules(
         "missing": missing,
         "not known to this model": extra,
         "filled twice": twice,
-        "of another shape": list(misshaped.values()),
+        "of another shape": list(dict.fromkeys(misshaped.values())),
     }
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
     if found:
         raise ModelError("checkpoint", "does not fit the model; tensors " + "; ".join(found))
     return {name: filled[name] for name in target_shapes}
+
+
+def transposed(tensor: TensorSource) -> TensorSource:
+    """A matrix with its axes exchanged."""
+    return _view(tensor, tensor.shape[::-1], lambda array: array.T)
 
 
 def to_channels_last(tensor: TensorSource, shape: tuple[int, ...]) -> TensorSource:
@@ -131,9 +159,21 @@ def to_channels_first(tensor: TensorSource) -> TensorSource:
     return _view(tensor, (o, i, h, w), lambda array: array.transpose(0, 3, 1, 2))
 
 
+def _moved(name: str, moves: Mapping[str, str]) -> str:
+    """The name after the move of the innermost module that moves."""
+    module = name
+    while moves and "." in module:
+        module = module.rpartition(".")[0]
+        if module in moves:
+            return moves[module] + name[len(module) :]
+    return name
+
+
 def _parts(tensor: TensorSource, count: int) -> list[TensorSource]:
-    if count == 1 or not tensor.shape or tensor.shape[0] % count:
-        return [tensor] * count  # an indivisible tensor shows as a fault of shape
+    if count == 1:
+        return [tensor]
+    if not tensor.shape or tensor.shape[0] % count:
+        raise ValueError(f"expected {count} equal parts along the first axis, got {tensor.shape}")
     size = tensor.shape[0] // count
     return [
         _view(tensor, (size, *tensor.shape[1:]), lambda array, at=at: array[at : at + size])
