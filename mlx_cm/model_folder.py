@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import safetensors
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 import mlx_cm
 from mlx_cm.backend import default_dtype
@@ -26,6 +26,7 @@ from mlx_cm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfi
 from mlx_cm.models.clip_text import CLIPTextConfig, CLIPTextModel
 from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
 from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
+from mlx_cm.quantization import Quantization, in_device_form, quantization_of, replace_linear_layers
 from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 from mlx_cm.storage import (
     INDEX_NAME,
@@ -43,6 +44,7 @@ FORMAT = "mlx-cm"
 FORMAT_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 WEIGHTS_METADATA = {"format": "mlx", "layout": "channels-last"}
+QUANTIZATION = "quantization"  # in a component's config and in the metadata of its weights
 
 # Everything a model folder can hold, by the name its config gives.
 MODELS = {
@@ -121,23 +123,29 @@ def weights_digest(weights: Mapping[str, str]) -> str | None:
     return hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest()
 
 
-def write_component(folder: Path, config: Any, tensors: Iterable[TensorSource]) -> dict[str, str]:
+def write_component(
+    folder: Path, config: Any, tensors: Iterable[TensorSource], quantization: Quantization | None = None
+) -> dict[str, str]:
     """Writes config and weights of one component, sharded where they exceed 5 GB.
+
+    Args:
+        quantization: of the tensors.
 
     Returns:
         Name of each weights file => sha256.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"_class_name": class_of(config), **config_to_dict(config)})
+    stored = {} if quantization is None else {QUANTIZATION: config_to_dict(quantization)}
+    write_json(folder / "config.json", {"_class_name": class_of(config), **config_to_dict(config), **stored})
+    metadata = weights_metadata(quantization)
     shards = _shards(list(tensors))
     if len(shards) == 1:
-        return {WEIGHTS_NAME: write_safetensors(folder / WEIGHTS_NAME, shards[0], WEIGHTS_METADATA)}
+        return {WEIGHTS_NAME: write_safetensors(folder / WEIGHTS_NAME, shards[0], metadata)}
     stem = Path(WEIGHTS_NAME).stem
     names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     digests = {
-        name: write_safetensors(folder / name, shard, WEIGHTS_METADATA)
-        for name, shard in zip(names, shards, strict=True)
+        name: write_safetensors(folder / name, shard, metadata) for name, shard in zip(names, shards, strict=True)
     }
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
@@ -166,8 +174,15 @@ def read_schedule(folder: Path) -> Any:
     return config_from_dict(SCHEDULES[kind], values, str(path))
 
 
+def weights_metadata(quantization: Quantization | None) -> dict[str, str]:
+    """What a weights file says of itself."""
+    if quantization is None:
+        return WEIGHTS_METADATA
+    return WEIGHTS_METADATA | {QUANTIZATION: json.dumps(config_to_dict(quantization), sort_keys=True)}
+
+
 def build_model(folder: Path) -> nn.Module:
-    """The model that a component's `config.json` describes, with weights not yet loaded.
+    """The model that a component's `config.json` describes, quantised where it says so, with weights not yet loaded.
 
     Raises:
         ModelError: the config is missing, malformed, or of an unknown class.
@@ -178,11 +193,34 @@ def build_model(folder: Path) -> nn.Module:
     if kind not in MODELS:
         raise ModelError(str(path), f"_class_name {kind!r} is unknown, expected one of {list(MODELS)}")
     model_class, config_class = MODELS[kind]
-    return model_class(config_from_dict(config_class, values, str(path)))
+    values = {key: value for key, value in values.items() if key != QUANTIZATION}
+    model = model_class(config_from_dict(config_class, values, str(path)))
+    quantization = stored_quantization(folder)
+    if quantization is None:
+        return model
+    try:
+        return replace_linear_layers(model, quantization)
+    except ModelError as error:
+        raise ModelError(str(path), str(error)) from None
+
+
+def stored_quantization(folder: Path) -> Quantization | None:
+    """How the weights of a component are quantised; None: they are not.
+
+    Raises:
+        ModelError: the config is missing or malformed.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path).get(QUANTIZATION)
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ModelError(str(path), f"{QUANTIZATION}: expected an object, got {values!r}")
+    return config_from_dict(Quantization, values, f"{path}: {QUANTIZATION}")
 
 
 def load_model(folder: Path, dtype: str | None = None) -> nn.Module:
-    """Builds a component and loads its weights.
+    """Builds a component and loads its weights, in the form to compute in.
 
     Args:
         dtype: "float32", "float16" or "bfloat16"; None: float16 on a GPU, float32 on a CPU.
@@ -191,19 +229,45 @@ def load_model(folder: Path, dtype: str | None = None) -> nn.Module:
         UsageError: an unknown dtype.
         ModelError: files missing or corrupt, tensors missing, unknown or of another shape.
     """
+    wanted = resolve_dtype(dtype)
+    model = load_stored(folder)
+    kept = tuple(f"{part}." for part in model.float32_parts)
+
+    def cast(name: str, value: mx.array) -> mx.array:
+        if not mx.issubdtype(value.dtype, mx.floating):
+            return value  # packed integers
+        return value.astype(mx.float32 if name.startswith(kept) else wanted)
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    return in_device_form(model)
+
+
+def load_stored(folder: Path) -> nn.Module:
+    """Builds a component and loads its weights as they are stored.
+
+    Raises:
+        ModelError: files missing or corrupt, tensors missing, unknown, of another shape, or quantised otherwise than
+            the config says.
+    """
     folder = Path(folder)
     model = build_model(folder)
+    expected = weights_metadata(quantization_of(model))
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
-        if check_safetensors(path).get("format") != WEIGHTS_METADATA["format"]:
+        metadata = check_safetensors(path)
+        if metadata.get("format") != expected["format"]:
             raise ModelError(str(path), "is not in native layout", f"mlx-cm convert {folder} DST")
+        if metadata.get(QUANTIZATION) != expected.get(QUANTIZATION):
+            found, wanted = (values.get(QUANTIZATION, "none") for values in (metadata, expected))
+            raise ModelError(str(path), f"is of another quantization ({found}) than config.json says ({wanted})")
         weights |= mx.load(str(path))
     check_names_and_shapes(model, {name: value.shape for name, value in weights.items()}, str(folder))
-    wanted = resolve_dtype(dtype)
-    kept = tuple(f"{part}." for part in model.float32_parts)
-    model.load_weights(
-        [(name, value.astype(mx.float32 if name.startswith(kept) else wanted)) for name, value in weights.items()]
-    )
+    for name, parameter in tree_flatten(model.parameters()):
+        found = weights[name].dtype
+        fits = found == mx.uint32 if parameter.dtype == mx.uint32 else mx.issubdtype(found, mx.floating)
+        if not fits:
+            raise ModelError(f"{folder}: {name}", f"expected {parameter.dtype}, got {found}")
+    model.load_weights(list(weights.items()))
     return model.eval()
 
 
