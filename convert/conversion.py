@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 import mlx_cm
-from mlx_cm.convert import pixel
+from mlx_cm.convert import latent, pixel
 from mlx_cm.convert.families import COMPONENTS
+from mlx_cm.convert.keymaps.ldm_autoencoder import is_ldm_autoencoder
 from mlx_cm.convert.keymaps.openai_unet import is_openai_unet
-from mlx_cm.convert.planning import CONFIG, Options, Plan, component_with_config, published_class, refuse_overrides
+from mlx_cm.convert.planning import CONFIG, Options, Plan, component_with_config, published_class
 from mlx_cm.convert.readers import Checkpoint, open_checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER
 from mlx_cm.errors import DiskError, ModelError, UsageError
@@ -55,10 +56,26 @@ class FileFamily:
 # diffusers' pipeline class => how such a folder is converted.
 PIPELINES: dict[str, Callable[[Path, Mapping[str, Any], Options], Plan]] = {
     "ConsistencyModelPipeline": pixel.plan_pipeline,
+    **dict.fromkeys(
+        (
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        latent.plan_pipeline,
+    ),
 }
-FILE_FAMILIES = (FileFamily(pixel.OPENAI_TITLE, is_openai_unet, pixel.plan_openai_file),)
-# A component alone is a whole model where nothing else is needed to sample it.
-LONE_COMPONENTS = {"UNet2D": pixel.plan_component}
+# In the order they are tried: OpenAI's outer names are also those of latent diffusion.
+FILE_FAMILIES = (
+    FileFamily(latent.FILE_TITLE, latent.is_ldm_file, latent.plan_ldm_file),
+    FileFamily(latent.AUTOENCODER_TITLE, is_ldm_autoencoder, latent.plan_autoencoder_file),
+    FileFamily(pixel.OPENAI_TITLE, is_openai_unet, pixel.plan_openai_file),
+)
 
 
 def convert(source: Path, destination: Path, options: Options | None = None) -> Report:
@@ -78,8 +95,9 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
     source, destination, options = Path(source), Path(destination), options or Options()
     if destination.exists() and not options.overwrite:
         raise DiskError(str(destination), "exists already", "choose another name or pass --overwrite")
-    if _is_within(source, destination):
-        raise UsageError(str(destination), "holds the source, which would be overwritten")
+    for given in filter(None, (source, options.base, options.tokenizer)):
+        if _is_within(Path(given), destination):
+            raise UsageError(str(destination), f"holds {given}, which would be overwritten")
     plan = plan_conversion(source, options)
     total = sum(tensor.nbytes for component in plan.components.values() for tensor in component.tensors.values())
     _check_space(destination, total)
@@ -111,26 +129,25 @@ def plan_conversion(source: Path, options: Options) -> Plan:
         return _plan_pipeline(source, options)
     config_path = (source if source.is_dir() else source.parent) / CONFIG
     if config_path.is_file() and (source.is_dir() or published_class(read_json(config_path)) in COMPONENTS):
-        return _plan_lone_component(source, config_path, options)
+        return _plan_component(source, config_path, options)
     return _plan_file(source, options)
 
 
 def _plan_pipeline(source: Path, options: Options) -> Plan:
     index = read_json(source / MODEL_INDEX)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise ModelError(
             str(source / MODEL_INDEX), f"_class_name {name!r} is not supported, expected one of {list(PIPELINES)}"
         )
     return PIPELINES[name](source, index, options)
 
 
-def _plan_lone_component(source: Path, config_path: Path, options: Options) -> Plan:
-    refuse_overrides(options)
+def _plan_component(source: Path, config_path: Path, options: Options) -> Plan:
     component = component_with_config(source, options, config_path=config_path)
-    if component.kind not in LONE_COMPONENTS:
-        raise ModelError(str(source), f"holds a {component.kind} alone; a whole model needs the folder above it")
-    return LONE_COMPONENTS[component.kind](component, options)
+    if component.kind == pixel.NETWORK:
+        return pixel.plan_component(component, options)
+    return latent.plan_component(component, source, options)
 
 
 def _plan_file(source: Path, options: Options) -> Plan:
@@ -139,7 +156,7 @@ def _plan_file(source: Path, options: Options) -> Plan:
         if family.matches(checkpoint.tensors):
             return family.plan(source, checkpoint, options)
     shown = ", ".join(list(checkpoint.tensors)[:5])
-    if any(name.startswith("down_blocks.") for name in checkpoint.tensors):
+    if any(name.startswith(("down_blocks.", "unet.down_blocks.")) for name in checkpoint.tensors):
         raise ModelError(
             str(source), "has diffusers' names but no config.json beside it", "convert the folder that holds both"
         )
@@ -161,30 +178,47 @@ def _write(plan: Plan, folder: Path, source: Path, options: Options, total: int)
 
         return TensorSource(tensor.name, tensor.dtype, tensor.shape, read)
 
-    weights, files = {}, []
+    weights = {}
     for part, component in plan.components.items():
         digests = write_component(folder / part, component.config, map(reporting, component.tensors.values()))
         weights |= {f"{part}/{name}": digest for name, digest in digests.items()}
-        files += [
-            {
-                "name": path.relative_to(source).as_posix() if source.is_dir() else path.name,
-                "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
-            for path in component.checkpoint.files
-        ]
-    write_schedule(folder / SCHEDULER, plan.schedule)
-    provenance = {
+    for name, content in plan.files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    kinds = {part: component.kind for part, component in plan.components.items()}
+    if plan.schedule is not None:
+        write_schedule(folder / SCHEDULER, plan.schedule)
+        kinds[SCHEDULER] = type(plan.schedule).__name__
+    provenance = _provenance(plan, source, options)
+    write_model_index(folder, ModelIndex(plan.pipeline, kinds, plan.sampler, provenance, weights))
+
+
+def _provenance(plan: Plan, source: Path, options: Options) -> dict[str, Any]:
+    """Where a model comes from: names and digests of every file that went into it, no paths of this machine."""
+    paths = [path for part in plan.components.values() if not part.from_base for path in part.checkpoint.files]
+    from_base = [path for part in plan.components.values() if part.from_base for path in part.checkpoint.files]
+    for path in plan.files.values():
+        if isinstance(path, Path):
+            (paths if path.is_relative_to(source) else from_base).append(path)
+    origin = {
         "source": options.source or source.resolve().name,
         "revision": options.revision,
         "family": plan.family,
-        "files": files,
+        "files": [_file_entry(path, source) for path in dict.fromkeys(paths)],
         "converter": f"mlx-cm {mlx_cm.__version__}",
         "dtype": options.dtype,
     }
-    kinds = {part: component.kind for part, component in plan.components.items()}
-    kinds[SCHEDULER] = type(plan.schedule).__name__
-    write_model_index(folder, ModelIndex(plan.pipeline, kinds, plan.sampler, provenance, weights))
+    base = options.base or options.tokenizer
+    if base is None:
+        return origin
+    entries = [_file_entry(path, Path(base)) for path in dict.fromkeys(from_base)]
+    return origin | {"base": {"source": options.base_source or Path(base).resolve().name, "files": entries}}
+
+
+def _file_entry(path: Path, root: Path) -> dict[str, Any]:
+    name = path.relative_to(root).as_posix() if root.is_dir() and path.is_relative_to(root) else path.name
+    return {"name": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _verify(plan: Plan, folder: Path) -> None:

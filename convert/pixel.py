@@ -7,9 +7,18 @@ from typing import Any
 
 from mlx_cm.config import config_from_dict
 from mlx_cm.convert.keymaps.openai_unet import openai_unet_config, openai_unet_rules
-from mlx_cm.convert.planning import Component, Options, Plan, component_with_config, mapped, refuse_overrides
+from mlx_cm.convert.planning import (
+    Component,
+    Options,
+    Plan,
+    component_with_config,
+    mapped,
+    refuse_overrides,
+    refuse_parts,
+)
 from mlx_cm.convert.readers import Checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, karras_schedule
+from mlx_cm.errors import ModelError
 from mlx_cm.models.unet2d import UNet2DConfig
 from mlx_cm.pipelines.pixel import PixelSettings
 from mlx_cm.presets import PRESETS
@@ -17,7 +26,7 @@ from mlx_cm.schedules import KarrasSchedule
 from mlx_cm.storage import read_json
 
 PIPELINE = "ConsistencyModelPipeline"
-UNET = "unet"
+UNET, NETWORK = "unet", "UNet2D"
 OPENAI_TITLE = "OpenAI consistency model or EDM teacher"
 
 
@@ -32,12 +41,17 @@ def plan_pipeline(source: Path, index: Mapping[str, Any], options: Options) -> P
 
 def plan_component(component: Component, options: Options) -> Plan:
     """A U-Net alone, which is the whole model but for its scheduler."""
+    refuse_overrides(options)
     return _with_preset(_plan(component.kind, component), options)
 
 
 def plan_openai_file(source: Path, checkpoint: Checkpoint, options: Options) -> Plan:
     """A state dict of OpenAI's, whose size is read off the tensors."""
-    config = config_from_dict(UNet2DConfig, openai_unet_config(checkpoint.tensors, options.overrides), str(source))
+    try:
+        fields = openai_unet_config(checkpoint.tensors, options.overrides)
+    except ModelError as error:
+        raise ModelError(str(source), error.why, error.hint) from None
+    config = config_from_dict(UNet2DConfig, fields, str(source))
     component = mapped(config, checkpoint, openai_unet_rules(config), options, str(source))
     return _with_preset(_plan(OPENAI_TITLE, component), options)
 
@@ -50,6 +64,7 @@ def _plan(
 
 def _with_preset(plan: Plan, options: Options) -> Plan:
     """Adds what a preset knows, or says that nobody told which of the published models this is."""
+    refuse_parts(options)
     settings, schedule, notes = dict(plan.sampler), plan.schedule, list(plan.notes)
     if options.preset:
         preset = PRESETS[options.preset]

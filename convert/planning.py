@@ -10,7 +10,7 @@ from mlx_cm.convert.families import COMPONENTS
 from mlx_cm.convert.keymaps.rules import RuleLike, apply_rules
 from mlx_cm.convert.readers import Checkpoint, open_checkpoint
 from mlx_cm.errors import ModelError, UsageError
-from mlx_cm.model_folder import MODELS, class_of, parameter_shapes
+from mlx_cm.model_folder import MODELS, class_of, new_model, parameter_shapes
 from mlx_cm.presets import PRESETS
 from mlx_cm.storage import TensorSource, read_json
 
@@ -91,6 +91,8 @@ def component_with_config(
     if published not in COMPONENTS:
         raise ModelError(str(config_path), f"class {published!r} is not supported, expected one of {list(COMPONENTS)}")
     family = COMPONENTS[published]
+    if "_class_name" not in values:  # transformers has a list for it, which the folder above knows better
+        values = {**values, "architectures": [published]}
     config = family.read_config(MODELS[family.native][1], values, str(config_path))
     checkpoint = open_checkpoint(folder, variant=options.variant)
     return mapped(config, checkpoint, family.rules(config), options, str(folder))
@@ -99,9 +101,8 @@ def component_with_config(
 def published_class(values: Mapping[str, Any]) -> str | None:
     """The class that a config of diffusers or of transformers names."""
     architectures = values.get("architectures")
-    return values.get("_class_name") or (
-        architectures[0] if isinstance(architectures, list) and architectures else None
-    )
+    named = [values.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+    return next((name for name in named if isinstance(name, str)), None)
 
 
 def mapped(
@@ -115,9 +116,9 @@ def mapped(
     Raises:
         ModelError: see `apply_rules`.
     """
-    model_class, _ = MODELS[class_of(config)]
+    shapes = parameter_shapes(new_model(config, where))
     try:
-        tensors = apply_rules(checkpoint.tensors, rules, parameter_shapes(model_class(config)), prefix)
+        tensors = apply_rules(checkpoint.tensors, rules, shapes, prefix)
     except ModelError as error:
         raise ModelError(where, error.why, error.hint) from None
     dtype = DTYPE_NAMES[options.dtype] if options.dtype else None
@@ -136,12 +137,15 @@ def refuse_overrides(options: Options) -> None:
         )
 
 
-def refuse_parts(options: Options) -> None:
-    """Says that a source has everything it needs.
+def refuse_parts(options: Options, *names: str) -> None:
+    """Says that a source has what these options would give.
+
+    Args:
+        names: "base", "tokenizer"; without any, both.
 
     Raises:
-        UsageError: a base or a tokenizer is given.
+        UsageError: one is given.
     """
-    for name in ("base", "tokenizer"):
+    for name in names or ("base", "tokenizer"):
         if getattr(options, name) is not None:
             raise UsageError(f"{name} {getattr(options, name)}", "this source is complete without it")

@@ -10,6 +10,8 @@ from mlx_cm.errors import ModelError
 
 ConfigT = TypeVar("ConfigT")
 
+LARGEST = 2**31  # sizes of MLX arrays are 32-bit
+
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
     """Builds a config dataclass from JSON values; JSON lists become tuples.
@@ -64,4 +66,6 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         expected = isinstance(value, origin or hint)
     if not expected:
         raise TypeError(f"{key}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    if hint is int and abs(value) >= LARGEST:
+        raise TypeError(f"{key}: expected a number below 2^31, got {value}")
     return float(value) if hint is float else value

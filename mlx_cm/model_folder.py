@@ -102,10 +102,12 @@ def read_model_index(folder: Path) -> ModelIndex:
         )
     sections = {name: value.get(name) for name in ("sampler", "provenance", "weights")}
     components = {
-        name: pair[1] for name, pair in value.items() if isinstance(pair, list) and len(pair) == 2 and name[0] != "_"
+        name: pair[1]
+        for name, pair in value.items()
+        if isinstance(pair, list) and len(pair) == 2 and not name.startswith("_")
     }
     malformed = [name for name, section in sections.items() if not isinstance(section, dict)]
-    malformed += [name for name, kind in components.items() if kind not in MODELS and kind not in SCHEDULES]
+    malformed += [name for name, kind in components.items() if kind not in [*MODELS, *SCHEDULES]]
     if malformed or not isinstance(value.get("_class_name"), str):
         raise ModelError(str(path), f"malformed or unknown entry {(malformed or ['_class_name'])[0]!r}")
     return ModelIndex(value["_class_name"], components, **sections)
@@ -169,7 +171,7 @@ def read_schedule(folder: Path) -> Any:
     path = Path(folder) / SCHEDULE_CONFIG
     values = read_json(path)
     kind = values.get("_class_name")
-    if kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ModelError(str(path), f"_class_name {kind!r} is unknown, expected one of {list(SCHEDULES)}")
     return config_from_dict(SCHEDULES[kind], values, str(path))
 
@@ -190,11 +192,11 @@ def build_model(folder: Path) -> nn.Module:
     path = Path(folder) / "config.json"
     values = read_json(path)
     kind = values.get("_class_name")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ModelError(str(path), f"_class_name {kind!r} is unknown, expected one of {list(MODELS)}")
-    model_class, config_class = MODELS[kind]
+    _, config_class = MODELS[kind]
     values = {key: value for key, value in values.items() if key != QUANTIZATION}
-    model = model_class(config_from_dict(config_class, values, str(path)))
+    model = new_model(config_from_dict(config_class, values, str(path)), str(path))
     quantization = stored_quantization(folder)
     if quantization is None:
         return model
@@ -202,6 +204,19 @@ def build_model(folder: Path) -> nn.Module:
         return replace_linear_layers(model, quantization)
     except ModelError as error:
         raise ModelError(str(path), str(error)) from None
+
+
+def new_model(config: Any, where: str) -> nn.Module:
+    """The model that a config describes; nothing is allocated before weights are loaded.
+
+    Raises:
+        ModelError: no array can have these sizes.
+    """
+    model_class, _ = MODELS[class_of(config)]
+    try:
+        return model_class(config)
+    except (OverflowError, ValueError) as error:
+        raise ModelError(where, f"describes no possible {model_class.__name__} ({error})") from None
 
 
 def stored_quantization(folder: Path) -> Quantization | None:
