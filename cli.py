@@ -25,8 +25,13 @@ INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_STEM = "image"
 FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
 
-# The settings a recipe carries under the name of the option that sets them.
-RECIPE_SETTINGS = ("steps", "times", "sampler", "seed", "rng", "dtype")
+# Options of `generate` that go to `load`, and those that go to the pipeline; a recipe carries them under these names.
+LOAD_OPTIONS = ("dtype", "quantize", "lora", "vae", "base")
+SETTINGS = (
+    *("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "eta", "original_steps", "guidance_scale"),
+    *("width", "height", "seed", "count", "image", "strength", "mask", "prompt_weights", "rng"),
+)
+PICTURES = ("image", "mask")  # settings that are given as the path of a picture
 
 
 def main() -> None:
@@ -108,17 +113,29 @@ def cli() -> None:
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision].")
 @click.option("-n", "--negative-prompt", metavar="TEXT", help="What the picture should not show.")
+@click.option("--prompt-file", metavar="FILE", type=click.File(encoding="utf-8"), help="A prompt in each line.")
+@click.option("--prompt-weights", is_flag=True, help="Read (word:1.3) and [word] in prompts as weights.")
 @click.option("--label", "labels", type=Integers(), help="Class of each picture; by default drawn from its seed.")
-@click.option("--steps", type=int, help="Network calls; 1 if not given.")
-@click.option("--times", metavar="LIST", help="Noise levels 80,1.38; grid indices grid:0,22; a preset's name; auto.")
-@click.option("--sampler", default="auto", show_default=True, help="auto, onestep, multistep; heun, euler (teachers).")
-@click.option("--guidance", "guidance_scale", type=float, help="Guidance scale.")
+@click.option("--steps", type=int, help="Network calls; by default what the model is made for.")
+@click.option("--times", metavar="LIST", help="Noise levels 80,1.38; timesteps 999,499; grid:0,22; a preset; auto.")
+@click.option("--sampler", default="auto", show_default=True, help="auto; onestep, multistep, heun, euler; lcm, tcd.")
+@click.option("--eta", type=float, help="Of tcd: how much noise is put in again, 0 to 1.")
+@click.option("--original-steps", type=int, help="Steps of the distillation, where the checkpoint does not say.")
+@click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance.")
 @click.option("--width", type=int, help="Pixels.")
 @click.option("--height", type=int, help="Pixels.")
 @click.option("--seed", type=Integers(), default="0", show_default=True, help="One picture for each, or --count.")
 @click.option("--count", type=int, default=1, show_default=True, help="Pictures per seed s: seeds s, s+1, ...")
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures computed at once.")
 @click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for the noise of PyTorch's CPU generator.")
+@click.option("--image", metavar="PATH", help="A picture to start from.")
+@click.option("--strength", type=float, help="How much of it is made anew, above 0 to 1; 0.5, with a mask 1.")
+@click.option("--mask", metavar="PATH", help="White where the picture is made anew.")
+@click.option("--lora", metavar="REF[@SCALE]", multiple=True, help="An adapter to apply; may be repeated.")
+@click.option("--base", metavar="REF", help="For a lone U-Net: the model that the other parts come from.")
+@click.option("--vae", default="full", show_default=True, help="full, tiny, or the reference of an autoencoder.")
+@click.option("--quantize", type=int, help="4 or 8 bits per weight of the linear layers.")
+@click.option("--low-ram", is_flag=True, help="Release each part of the model after its last use.")
 @click.option("--dtype", help="float32, float16, bfloat16; by default float16 on a GPU, float32 on a CPU.")
 @click.option("-o", "--output", metavar="PATH|DIR|-", default=".", help="File, folder, or - for stdout.")
 @click.option("--format", "image_format", help="png, jpeg or webp; by default what the file's name says, or png.")
@@ -133,14 +150,16 @@ def generate(quiet: bool, **options: Any) -> None:
     """Make pictures.
 
     \b
+    mlx-cm generate "a lighthouse at dusk" -m SimianLuo/LCM_Dreamshaper_v7
     mlx-cm generate -m openai/diffusers-cd_imagenet64_l2 --label 207 --steps 2
-    mlx-cm generate -m cd_imagenet64_l2 --seed 0 --count 16 --grid -o grid.png
+
+    PROMPT - is read from standard input.
     """
     from mlx_cm import images
 
     as_json, output = options["as_json"], options["output"]
     recipe = _read_recipe(options["source_recipe"])
-    settings = _settings(options, recipe)
+    settings, loading = _settings(options, recipe)
     grid = options["grid"] or bool(recipe.get("grid"))
     model = _model_ref(options["model"], recipe)
     target = _target(output, options["image_format"])
@@ -149,7 +168,7 @@ def generate(quiet: bool, **options: Any) -> None:
         images.image_format(target, extension)  # a wrong format is known before the work begins
 
     with _progress("loading", quiet, unit="B") as report:
-        pipeline = mlx_cm.load(model, dtype=settings.pop("dtype", None), progress=report)
+        pipeline = mlx_cm.load(model, progress=report, **loading)
     _check_model(pipeline, recipe, explicit=options["model"] is not None)
     request = pipeline.resolve(**settings)
     total = len(request.seeds)
@@ -158,13 +177,14 @@ def generate(quiet: bool, **options: Any) -> None:
 
     made, started = [], time.perf_counter()
     with _progress("generating", quiet, unit="step") as report:
-        on_step = _on_step(report, request, options["batch"], options["preview"])
-        results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"])
+        on_step = _on_step(report, request, options["batch"], options["preview"], pipeline.preview)
+        low_ram = {"low_ram": True} if options["low_ram"] else {}
+        results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"], **low_ram)
         if grid:
             sheet = images.contact_sheet([image for _, image in results])
             results = iter([(request, sheet)])
         for single, image in results:
-            path = _numbered(target, single, total > 1 and not grid)
+            path = target if grid else _named(target, request, single)
             described = pipeline.recipe(single) | ({"grid": True} if grid else {})
             saved = _save(image, path, described, options, extension)
             made.append({"path": str(saved) if saved else None, **described})
@@ -175,26 +195,53 @@ def generate(quiet: bool, **options: Any) -> None:
         click.echo(json.dumps({"model": model, "seconds": round(seconds, 3), "images": made}))
 
 
-def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """What the pipeline is asked for: given options before the recipe's, the recipe's before defaults."""
+def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the pipeline and `load` are asked for: given options before the recipe's, the recipe's before defaults."""
     context = click.get_current_context()
 
     def given(name: str) -> bool:
         return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
-    settings = {name: recipe[name] for name in RECIPE_SETTINGS if recipe.get(name) is not None}
-    labels = recipe.get("label")
-    if labels is not None:
-        settings["labels"] = labels
+    said = {name: recipe[name] for name in (*SETTINGS, *LOAD_OPTIONS) if recipe.get(name) is not None}
+    if recipe.get("label") is not None:
+        said["labels"] = recipe["label"]
     if given("steps") or given("times"):  # one of the two decides; the recipe holds both
-        settings.pop("steps", None), settings.pop("times", None)
+        said.pop("steps", None)
+        said.pop("times", None)
     if given("seed") or given("count"):
-        settings.pop("seed", None)
-    names = ("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "guidance_scale", "width", "height")
-    for name in (*names, "seed", "count", "rng", "dtype"):
-        if given(name) or (name not in settings and options[name] is not None):
-            settings[name] = options[name]
-    return settings
+        said.pop("seed", None)
+    if "lora" in said and not given("lora"):
+        said["lora"] = [_recorded_adapter(entry) for entry in said["lora"]]
+    for name in (*SETTINGS, *LOAD_OPTIONS):
+        if given(name) or (name not in said and options[name] not in (None, False)):
+            said[name] = options[name]
+    if given("prompt") or given("prompt_file"):
+        said["prompt"] = _prompts(options["prompt"], options["prompt_file"])
+    for name in PICTURES:
+        if said.get(name) is not None:
+            from mlx_cm.images import open_image
+
+            said[name] = open_image(Path(said[name]).expanduser())
+    return tuple({name: said[name] for name in names if name in said} for names in (SETTINGS, LOAD_OPTIONS))
+
+
+def _prompts(prompt: str | None, file: Any) -> str | list[str]:
+    if file is not None:
+        if prompt is not None:
+            raise UsageError("--prompt-file", "a prompt was given as well; leave one of the two out")
+        lines = [line for line in file.read().splitlines() if line.strip()]
+        if not lines:
+            raise UsageError("--prompt-file", "holds no prompt")
+        return lines
+    return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+
+
+def _recorded_adapter(entry: dict[str, Any]) -> tuple[str, float]:
+    if entry.get("ref") is None:
+        raise UsageError(
+            "--from", f"the picture was made with a local adapter, {entry.get('name')!r}", "--lora PATH@SCALE"
+        )
+    return entry["ref"], entry["scale"]
 
 
 def _read_recipe(path: Path | None) -> dict[str, Any]:
@@ -243,10 +290,13 @@ def _target(output: str, image_format: str | None) -> Path | None:
     return path
 
 
-def _numbered(target: Path | None, request: Any, several: bool) -> Path | None:
-    if target is None or not several:
+def _named(target: Path | None, whole: Any, single: Any) -> Path | None:
+    """The file of one picture of several: by number of its prompt, where there are more, and by seed."""
+    if target is None or len(whole.seeds) == 1:
         return target
-    return target.with_name(f"{target.stem}_s{request.seeds[0]}{target.suffix}")
+    prompts = list(dict.fromkeys(getattr(whole, "prompts", ())))
+    number = f"_p{prompts.index(single.prompts[0]) + 1}" if len(prompts) > 1 else ""
+    return target.with_name(f"{target.stem}{number}_s{single.seeds[0]}{target.suffix}")
 
 
 def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[str, Any], extension: str | None):
@@ -266,8 +316,12 @@ def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[s
     return saved
 
 
-def _on_step(report: Callable[[int, int, str], None], request: Any, batch: int, preview: Path | None) -> Callable:
+def _on_step(
+    report: Callable[[int, int, str], None], request: Any, batch: int, preview: Path | None, show: Callable
+) -> Callable[[Any], None]:
     """Shows how far the work is, and writes previews."""
+    from mlx_cm import images
+
     total = len(request.seeds) * len(request.times)
     seeds = list(request.seeds)
     done = 0
@@ -277,11 +331,8 @@ def _on_step(report: Callable[[int, int, str], None], request: Any, batch: int, 
         done += step.x.shape[0]
         report(done, total, "generating")
         if preview is not None:
-            from mlx_cm import images
-
-            for seed, image in zip(seeds, images.to_pil(step.x), strict=False):
-                name = f"{DEFAULT_STEM}_s{seed}_step{step.index + 1}.png"
-                images.save_image(image, preview / name)
+            for seed, image in zip(seeds, show(step.x), strict=False):
+                images.save_image(image, preview / f"{DEFAULT_STEM}_s{seed}_step{step.index + 1}.png")
         if step.index + 1 == step.total:
             del seeds[:batch]
 
@@ -342,7 +393,7 @@ def convert(source: str, destination: Path, as_json: bool, quiet: bool, **option
 
     SRC is a .safetensors, .pt, .pth, .ckpt or .bin file, a folder of diffusers' layout, or a Hub id.
     """
-    from mlx_cm.loading import convert_ref
+    from mlx_cm.sources import convert_ref
 
     with _progress("converting", quiet, unit="B") as progress:
         report = convert_ref(source, destination, progress=progress, **options)
@@ -359,6 +410,48 @@ def convert(source: str, destination: Path, as_json: bool, quiet: bool, **option
             err=True,
         )
     click.echo(report.destination)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@common_options
+def export(source: str, destination: Path, overwrite: bool, quiet: bool) -> None:
+    """Write a model folder under diffusers' names, for PyTorch."""
+    from mlx_cm.sources import export_ref
+
+    click.echo(export_ref(source, destination, overwrite=overwrite))
+
+
+@cli.command()
+@click.argument("source", metavar="REF")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--lora", metavar="REF[@SCALE]", multiple=True, required=True, help="An adapter; may be repeated.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@common_options
+def fuse(source: str, destination: Path, lora: tuple[str, ...], overwrite: bool, quiet: bool) -> None:
+    """Write a model with adapters fused into its weights."""
+    from mlx_cm.rewriting import fuse_folder
+
+    with _progress("loading", quiet, unit="B") as progress:
+        click.echo(fuse_folder(source, destination, lora, overwrite=overwrite, progress=progress))
+
+
+@cli.command()
+@click.argument("source", metavar="REF")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--bits", type=int, default=8, show_default=True, help="4 or 8.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@common_options
+def quantize(source: str, destination: Path, bits: int, overwrite: bool, quiet: bool) -> None:
+    """Write a model with linear layers of 4 or 8 bits."""
+    from mlx_cm.rewriting import quantize_folder
+    from mlx_cm.sources import native_folder
+
+    with _progress("loading", quiet, unit="B") as progress:
+        folder = native_folder(source, progress=progress)
+    click.echo(quantize_folder(folder, destination, bits, overwrite=overwrite))
 
 
 @cli.command()

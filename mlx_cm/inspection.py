@@ -10,7 +10,6 @@ from mlx_cm.backend import default_dtype
 from mlx_cm.config import config_to_dict
 from mlx_cm.errors import ModelError
 from mlx_cm.images import FORMATS
-from mlx_cm.loading import hub_reference, plan_ref
 from mlx_cm.model_folder import (
     SAFETENSORS_NAMES,
     build_model,
@@ -19,6 +18,7 @@ from mlx_cm.model_folder import (
     stored_tensors,
 )
 from mlx_cm.models.unet2d import UNet2DConfig
+from mlx_cm.sources import hub_reference, plan_ref
 from mlx_cm.storage import NUMPY_DTYPES
 
 PICTURES = {extension for kind in FORMATS.values() for extension in kind.extensions}

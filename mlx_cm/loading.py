@@ -1,47 +1,59 @@
-"""Loading: from a reference to a pipeline. The one place where foreign checkpoints meet the runtime."""
+"""Loading: from a reference to a pipeline."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_cm import cache, hub
 from mlx_cm.config import config_from_dict
 from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.lora import Adapter, adaptable_modules, fuse_adapters, parse_lora_ref
 from mlx_cm.model_folder import (
     MODEL_INDEX,
-    WEIGHTS_METADATA,
     ModelIndex,
-    is_native,
+    build_model,
     load_model,
     read_model_index,
     read_schedule,
     resolve_dtype,
-    weight_files,
 )
+from mlx_cm.pipelines.latent import LatentConsistencyPipeline, LatentSettings
 from mlx_cm.pipelines.pixel import ConsistencyModelPipeline, PixelSettings
-from mlx_cm.presets import preset_of_repository
-from mlx_cm.storage import check_safetensors
+from mlx_cm.quantization import in_device_form, quantize_model
+from mlx_cm.sources import Progress, component_folder, native_folder, open_adapter
+from mlx_cm.tokenizer import CLIPTokenizer
 
-log = logging.getLogger("mlx_cm")
+Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
-# A reference that ends so is a file's path, not a Hub id, even where there is no such file.
-FILE_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".png", ".jpg", ".jpeg", ".webp", ".json"}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# By the added embedding of the U-Net, which tells SDXL's latents from the others.
+TINY_AUTOENCODERS = {None: "madebyollin/taesd", "text_time": "madebyollin/taesdxl"}
 
-Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, what)
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load."""
+
+    dtype: str | None
+    quantize: int | None
+    lora: tuple[tuple[str, float], ...]  # (reference, scale)
+    vae: str  # "full", "tiny" or a reference
+    progress: Progress | None
 
 
 def load(
     ref: str | Path,
     dtype: str | None = None,
     quantize: int | None = None,
-    lora: Sequence[str] = (),
+    lora: Sequence[str | tuple[str, float]] = (),
     *,
+    vae: str = "full",
+    base: str | Path | None = None,
     progress: Progress | None = None,
-) -> ConsistencyModelPipeline:
+) -> Pipeline:
     """Loads a model ready to generate.
 
     A foreign checkpoint is converted once into the cache and loaded from there.
@@ -49,8 +61,10 @@ def load(
     Args:
         ref: a native model folder; a foreign folder or file; or a Hub id `owner/name[@revision]`.
         dtype: "float32", "float16" or "bfloat16" to compute in; None: float16 on a GPU, float32 on a CPU.
-        quantize: bits per weight of the linear layers.
-        lora: adapters to apply.
+        quantize: 4 or 8 bits per weight of the linear layers.
+        lora: adapters to apply, each "REF", "REF@SCALE" or (ref, scale).
+        vae: "full", the model's own autoencoder; "tiny"; or the reference of another one.
+        base: for a lone U-Net, the model that its other parts come from; None: what its model card says.
         progress: told of downloads and conversions.
 
     Raises:
@@ -59,11 +73,12 @@ def load(
         UsageError: a setting that this model has no use for.
         DiskError: no space for the download or the conversion.
     """
-    folder = native_folder(ref, dtype=dtype, progress=progress)
+    folder = native_folder(ref, dtype=dtype, base=base, progress=progress)
     index = read_model_index(folder)
     if index.pipeline not in PIPELINES:
         raise ModelError(str(folder / MODEL_INDEX), f"{index.pipeline!r} is unknown, expected one of {list(PIPELINES)}")
-    return PIPELINES[index.pipeline](folder, index, dtype, quantize, lora)
+    options = LoadOptions(dtype, quantize, parse_adapters(lora), vae, progress)
+    return PIPELINES[index.pipeline](folder, index, options)
 
 
 def load_component(folder: str | Path, dtype: str | None = None) -> nn.Module:
@@ -72,130 +87,86 @@ def load_component(folder: str | Path, dtype: str | None = None) -> nn.Module:
     Raises:
         ModelError: not found, broken, or of an unknown class.
     """
-    folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ModelError(str(folder), "is not a component folder: it has no config.json")
-    if _has_native_weights(folder):
-        return load_model(folder, dtype)
-    entry = _converted(folder, cache.local_entry(folder), {}, None)
-    index = read_model_index(entry)
-    part = next(name for name in index.components if (entry / name / "config.json").is_file())
-    return load_model(entry / part, dtype)
+    return load_model(component_folder(folder), dtype)
 
 
-def native_folder(ref: str | Path, *, dtype: str | None = None, progress: Progress | None = None) -> Path:
-    """The native model folder that a reference stands for, downloaded and converted where needed.
-
-    Raises:
-        ModelError: the reference is neither a path that exists nor a Hub id; or as for `load`.
-    """
-    path = Path(ref).expanduser()
-    if path.exists():
-        if path.is_dir() and is_native(path):
-            return path
-        return _converted(path, cache.local_entry(path), {}, progress)
-    return _from_hub(hub_reference(ref), "fp16" if resolve_dtype(dtype) == mx.float16 else None, progress)
+def parse_adapters(lora: Sequence[str | tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """(reference, scale) of each adapter."""
+    return tuple(parse_lora_ref(one) if isinstance(one, str) else (str(one[0]), float(one[1])) for one in lora)
 
 
-def convert_ref(source: str | Path, destination: Path, *, progress: Progress | None = None, **options: Any) -> Any:
-    """Converts a file, a folder or a Hub repository to a native model folder of the user's own.
+def adapter_provenance(adapters: Sequence[tuple[Adapter, float]]) -> list[dict[str, Any]]:
+    """What a recipe or a model index says of adapters; local ones are named without their path."""
+    return [
+        {"name": adapter.name, "ref": adapter.ref, "scale": scale, "sha256": adapter.sha256}
+        for adapter, scale in adapters
+    ]
 
-    Args:
-        options: of `mlx_cm.convert.Options`.
 
-    Returns:
-        The `Report` of `mlx_cm.convert.convert`.
+def adapted_sampler(own: str | None, adapters: Sequence[tuple[Adapter, float]]) -> str | None:
+    """The sampler of a model with adapters: its own, or for a base model that of the adapter which distils it.
 
     Raises:
-        As `mlx_cm.convert.convert` and `mlx_cm.hub.download`.
+        UsageError: adapters made for different samplers, or for another than the model.
     """
-    from mlx_cm.convert import Options, convert  # only where something is to be converted
-
-    path = Path(source).expanduser()
-    if path.exists():
-        return convert(path, destination, Options(progress=progress, **options))
-    snapshot = _download(hub_reference(source), options.get("variant"), progress)
-    origin = {"source": snapshot.repo_id, "revision": snapshot.revision}
-    preset = options.pop("preset", None) or preset_of_repository(snapshot.repo_id)
-    return convert(snapshot.path, destination, Options(progress=progress, preset=preset, **origin, **options))
+    said = {adapter.sampler for adapter, scale in adapters if adapter.sampler and scale}
+    if len(said | ({own} - {None})) > 1:
+        raise UsageError("lora", f"distilled for {', '.join(sorted(said))}, the model for {own or 'none of them'}")
+    return own or next(iter(said), None)
 
 
-def plan_ref(source: Path) -> Any:
-    """What a conversion of a file or folder would do; reads headers only.
-
-    Returns:
-        The `Plan` of `mlx_cm.convert`.
-
-    Raises:
-        ModelError: unknown or broken.
-    """
-    from mlx_cm.convert import Options, plan_conversion  # only where something is to be converted
-
-    return plan_conversion(source, Options())
-
-
-def hub_reference(ref: str | Path) -> hub.HubRef:
-    """The Hub repository that a reference which is no path of this machine means.
-
-    Raises:
-        ModelError: it cannot be one; the name of a missing file among them.
-    """
-    hub_ref = hub.parse_ref(str(ref))
-    if hub_ref is None or Path(str(ref)).suffix.lower() in FILE_SUFFIXES:
-        raise ModelError(str(ref), "no such file or folder, and not a Hub id (owner/name[@revision])")
-    return hub_ref
-
-
-def _download(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> hub.Snapshot:
-    from mlx_cm.convert.readers import choose_weight_files  # what is fetched is what is read
-
-    def choose(files: Sequence[hub.RepoFile]) -> list[str]:
-        return hub.choose_files(files, variant, choose_weight_files)
-
-    return hub.download(ref, choose=choose, progress=progress)
-
-
-def _from_hub(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> Path:
-    snapshot = _download(ref, variant, progress)
-    if is_native(snapshot.path):
-        return snapshot.path
-    options = {
-        "source": snapshot.repo_id,
-        "revision": snapshot.revision,
-        "preset": preset_of_repository(snapshot.repo_id),
-        "variant": variant,
-    }
-    return _converted(snapshot.path, cache.hub_entry(snapshot.repo_id, snapshot.revision, variant), options, progress)
-
-
-def _converted(source: Path, entry: Path, options: dict[str, Any], progress: Progress | None) -> Path:
-    from mlx_cm.convert import Options, convert  # only where something is to be converted
-
-    with cache.conversion_lock(entry):
-        if not (entry / MODEL_INDEX).is_file():
-            report = convert(source, entry, Options(progress=progress, overwrite=True, **options))
-            for note in report.notes:
-                log.warning("%s: %s", source, note)
-    return entry
-
-
-def _has_native_weights(folder: Path) -> bool:
-    first = weight_files(folder)[0]
-    return first.is_file() and check_safetensors(first).get("format") == WEIGHTS_METADATA["format"]
-
-
-def _load_pixel(
-    folder: Path, index: ModelIndex, dtype: str | None, quantize: int | None, lora: Sequence[str]
-) -> ConsistencyModelPipeline:
-    for name, value in {"quantize": quantize, "lora": lora}.items():
-        if value:
-            raise UsageError(name, "pixel-space consistency models are used as they are")
+def _load_pixel(folder: Path, index: ModelIndex, options: LoadOptions) -> ConsistencyModelPipeline:
+    refused = {"quantize": options.quantize, "lora": options.lora, "vae": options.vae != "full"}
+    for name, given in refused.items():
+        if given:
+            raise UsageError(name, "is for latent models; pixel-space consistency models are used as they are")
     return ConsistencyModelPipeline(
-        backbone=load_model(folder / "unet", dtype),
+        backbone=load_model(folder / "unet", options.dtype),
         schedule=read_schedule(folder / "scheduler"),
         settings=config_from_dict(PixelSettings, index.sampler, str(folder / MODEL_INDEX)),
         provenance=index.provenance | {"weights": index.weights},
     )
 
 
-PIPELINES = {"ConsistencyModelPipeline": _load_pixel}
+def _load_latent(folder: Path, index: ModelIndex, options: LoadOptions) -> LatentConsistencyPipeline:
+    settings = config_from_dict(LatentSettings, index.sampler, str(folder / MODEL_INDEX))
+    encoders = [name for name in TEXT_ENCODERS if name in index.components]
+    models = {name: load_model(folder / name, options.dtype) for name in ("unet", *encoders)}
+    modules = {name: adaptable_modules(model) for name, model in models.items()}
+    adapters = [(open_adapter(ref, modules, options.progress), scale) for ref, scale in options.lora]
+    fuse_adapters(models, adapters)
+    if options.quantize is not None:
+        for model in models.values():
+            in_device_form(quantize_model(model, options.quantize))
+    tokenizers = [CLIPTokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in encoders]
+    for name, tokenizer in zip(encoders, tokenizers, strict=True):
+        known = models[name].config.vocab_size
+        if tokenizer.vocab_size > known:  # an id beyond the table would be read from outside of it
+            raise ModelError(str(folder / name), f"knows {known} tokens, its tokenizer has {tokenizer.vocab_size}")
+    provenance = index.provenance | {"weights": index.weights, "quantize": options.quantize}
+    if adapters:
+        provenance["lora"] = adapter_provenance(adapters)
+    return LatentConsistencyPipeline(
+        backbone=models["unet"],
+        autoencoder=_load_autoencoder(folder, models["unet"], options),
+        text_encoders=[models[name] for name in encoders],
+        tokenizers=tokenizers,
+        schedule=read_schedule(folder / "scheduler"),
+        settings=replace(settings, sampler=adapted_sampler(settings.sampler, adapters)),
+        provenance=provenance,
+    )
+
+
+def _load_autoencoder(folder: Path, unet: nn.Module, options: LoadOptions) -> nn.Module:
+    """The autoencoder asked for; one that overflows in float16 stays in float32."""
+    if options.vae != "full":
+        ref = options.vae
+        if ref == "tiny":
+            ref = TINY_AUTOENCODERS[unet.config.addition_embed_type]
+        return load_model(component_folder(ref, options.progress), options.dtype)
+    overflows = getattr(build_model(folder / "vae").config, "force_upcast", False)
+    half = resolve_dtype(options.dtype) == mx.float16
+    return load_model(folder / "vae", "float32" if half and overflows else options.dtype)
+
+
+PIPELINES = {"ConsistencyModelPipeline": _load_pixel, "LatentConsistencyPipeline": _load_latent}

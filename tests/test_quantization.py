@@ -35,7 +35,7 @@ from mlx_cm.quantization import (
     quantization_of,
     quantize_model,
 )
-from mlx_cm.quantized_folder import quantize_folder
+from mlx_cm.rewriting import quantize_folder
 from mlx_cm.schedules import DiscreteSchedule
 from mlx_cm.storage import read_json, sha256_file
 
@@ -399,7 +399,7 @@ def test_a_failure_leaves_nothing(tmp_path, model_folder, monkeypatch):
     def fail(*_):
         raise ModelError("unet", "cannot be read")
 
-    monkeypatch.setattr("mlx_cm.quantized_folder.load_stored", fail)
+    monkeypatch.setattr("mlx_cm.rewriting.load_stored", fail)
     with pytest.raises(ModelError, match="cannot be read"):
         quantize_folder(model_folder, tmp_path / "q4", 4)
     assert list(tmp_path.iterdir()) == []

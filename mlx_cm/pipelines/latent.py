@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlx_cm.errors import UsageError
 from mlx_cm.guidance import classifier_free_guidance, guidance_embedding, w_from_guidance_scale
-from mlx_cm.images import from_pil
+from mlx_cm.images import from_pil, to_pil
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.models.unet2d_condition import PromptContext
 from mlx_cm.parameterization import Network, latent_consistency_function
@@ -107,6 +107,11 @@ class LatentRequest:
 
 
 PER_IMAGE = ("seeds", "prompts")
+# Red, green and blue in [-1, 1] that a unit of each of the four latent channels stands for, about; for SDXL or not.
+PREVIEW_FACTORS = {
+    False: ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473)),
+    True: ((0.392, 0.410, 0.456), (-0.264, -0.025, 0.103), (0.057, 0.167, 0.163), (-0.294, -0.228, -0.228)),
+}
 
 
 class LatentConsistencyPipeline:
@@ -587,6 +592,16 @@ class LatentConsistencyPipeline:
             return self.autoencoder.encode_scaled(pixels, noise)
         encoded = encode_tiled(self.autoencoder.encode, pixels, tile=TILE * unit, scale=unit)
         return self.autoencoder.scaled(encoded, noise)
+
+    def preview(self, latents: mx.array) -> list[Image.Image]:
+        """Small pictures of the state in the middle of sampling, without the autoencoder: a matrix product a pixel.
+
+        Latents of other widths than 4 channels show their first channels.
+        """
+        factors = mx.array(PREVIEW_FACTORS[self.is_xl])
+        if self.latent_channels != len(factors):
+            factors = mx.eye(self.latent_channels, 3) / 3
+        return to_pil(mx.clip(latents @ factors, -1, 1))
 
     def decode(self, latents: mx.array) -> mx.array:
         """Pictures of scaled latents; tile by tile where they are large.

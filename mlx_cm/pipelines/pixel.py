@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_cm.errors import UsageError
+from mlx_cm.images import to_pil
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
 from mlx_cm.pipelines.request import alone, check_rng, pictures, refuse_settings, split_request
@@ -177,6 +178,10 @@ class ConsistencyModelPipeline:
         """
         batches = split_request(request, PER_IMAGE, batch_size)
         return pictures(batches, PER_IMAGE, (self.sample(batch, callback=callback) for batch in batches))
+
+    def preview(self, x: mx.array) -> list[Image.Image]:
+        """Pictures of the state in the middle of sampling: it is an estimate of the image."""
+        return to_pil(mx.clip(x, -1, 1))
 
     @property
     def weights_sha256(self) -> str | None:
