@@ -1,10 +1,20 @@
 """Foreign checkpoints to native model folders, and back.
 
-`readers` knows containers, `keymaps` names, `families` components; `pixel` plans what is to be written, `conversion`
-writes it.
+`readers` knows containers, `keymaps` names, `families` components; `pixel` and `latent` plan what is to be written,
+`conversion` writes it.
 """
 
 from mlx_cm.convert.conversion import Report, convert, plan_conversion
+from mlx_cm.convert.latent import MissingParts
+from mlx_cm.convert.model_card import base_model_of_card
 from mlx_cm.convert.planning import Options, Plan
 
-__all__ = ["Options", "Plan", "Report", "convert", "plan_conversion"]
+__all__ = [
+    "MissingParts",
+    "Options",
+    "Plan",
+    "Report",
+    "base_model_of_card",
+    "convert",
+    "plan_conversion",
+]

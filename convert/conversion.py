@@ -95,9 +95,9 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
     source, destination, options = Path(source), Path(destination), options or Options()
     if destination.exists() and not options.overwrite:
         raise DiskError(str(destination), "exists already", "choose another name or pass --overwrite")
-    for given in filter(None, (source, options.base, options.tokenizer)):
-        if _is_within(Path(given), destination):
-            raise UsageError(str(destination), f"holds {given}, which would be overwritten")
+    for what, path in {"source": source, "base": options.base, "tokenizer": options.tokenizer}.items():
+        if path is not None and _is_within(Path(path), destination):
+            raise UsageError(str(destination), f"holds the {what}, which would be overwritten")
     plan = plan_conversion(source, options)
     total = sum(tensor.nbytes for component in plan.components.values() for tensor in component.tensors.values())
     _check_space(destination, total)

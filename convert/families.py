@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_cm.config import config_from_dict
+from mlx_cm.convert.keymaps.clip_text import clip_text_rules
+from mlx_cm.convert.keymaps.ldm_autoencoder import old_attention_rules
 from mlx_cm.convert.keymaps.rules import RuleLike
+from mlx_cm.convert.transformers_config import config_from_transformers
 
 
 @dataclass(frozen=True)
@@ -20,4 +23,13 @@ class ComponentFamily:
     read_config: Callable[[type, Mapping[str, Any], str], Any] = config_from_dict  # (class, values, file) => config
 
 
-COMPONENTS = {"UNet2DModel": ComponentFamily("UNet2D")}
+CLIP = ComponentFamily("CLIPTextModel", clip_text_rules, config_from_transformers)
+
+COMPONENTS = {
+    "UNet2DModel": ComponentFamily("UNet2D"),
+    "UNet2DConditionModel": ComponentFamily("UNet2DCondition"),
+    "AutoencoderKL": ComponentFamily("AutoencoderKL", old_attention_rules),
+    "AutoencoderTiny": ComponentFamily("AutoencoderTiny"),
+    "CLIPTextModel": CLIP,
+    "CLIPTextModelWithProjection": CLIP,
+}
