@@ -13,6 +13,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import types
+import uuid
 
 import numpy as np
 import pytest
@@ -171,6 +173,8 @@ def lightning_checkpoint(state: dict[str, torch.Tensor]) -> dict:
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}],
         "hyper_parameters": Settings(
             args=argparse.Namespace(a=1, where=pathlib.PurePosixPath("/x")),
+            space=types.SimpleNamespace(a=1),
+            name=uuid.UUID(int=1),
             when=datetime.datetime(2022, 8, 1),
             array=np.arange(3.0),
             seen={1, 2},

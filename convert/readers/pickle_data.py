@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from mlx_cm.errors import ModelError
 
-MOST_OPERATIONS = 1_000_000  # a Stable Diffusion training checkpoint with its optimiser has about 400,000
+MOST_OPERATIONS = 1_000_000  # torch.save writes 38 a tensor
 LARGEST_PICKLE = 64 << 20  # bytes; tensors lie outside the pickle
 LARGEST_OPERAND = 16 << 20
 LONGEST_LINE = 1 << 16
@@ -93,6 +93,7 @@ DATA_CALLS: Mapping[str, Callable[..., Any]] = {
     "datetime.date": _opaque("date"),
     "datetime.datetime": _opaque("date"),
     "datetime.timedelta": _opaque("time span"),
+    "types.SimpleNamespace": _opaque("namespace"),
     "numpy.dtype": _numpy_dtype,
 } | {
     f"{module}.{name}": _opaque("path")
@@ -113,8 +114,7 @@ DATA_CALLS |= {
 # fmt: off
 DATA_NAMES = {
     "argparse.Namespace", "builtins.bool", "builtins.bytes", "builtins.dict", "builtins.float", "builtins.int",
-    "builtins.list", "builtins.object", "builtins.str", "builtins.tuple", "types.SimpleNamespace", "typing.Any",
-    "uuid.UUID",
+    "builtins.list", "builtins.object", "builtins.str", "builtins.tuple", "typing.Any", "uuid.UUID",
 }
 # fmt: on
 

@@ -83,6 +83,8 @@ def read_torch_zip(file: MappedFile) -> Checkpoint:
     pickle = entries[pickles[0]]
     stream = PickleStream(file.data, pickle.start, pickle.start + pickle.size)
     value = load_pickle(stream, where, TORCH_CALLS, storage_from_id)
+    if stream.tell() != stream.end:
+        raise ModelError(where, f"is corrupt: {stream.end - stream.tell()} bytes after its pickle")
     found, skipped = find_state_dict(value, where)
     prefix = f"{root}data/"
     regions = {
@@ -150,7 +152,7 @@ def _entry(file: MappedFile, position: int, end: int) -> tuple[Entry, int]:
     name_length, extra_length, comment_length, disk, header = *record[10:14], record[16]
     position += CENTRAL.size
     following = position + name_length + extra_length + comment_length
-    if signature != b"PK\x01\x02" or following > end or name_length > LONGEST_NAME:
+    if signature != b"PK\x01\x02" or name_length > LONGEST_NAME:
         raise ValueError("a damaged directory entry")
     raw_name = file.data[position : position + name_length]
     name = raw_name.decode("utf-8")
@@ -161,8 +163,6 @@ def _entry(file: MappedFile, position: int, end: int) -> tuple[Entry, int]:
     if method == STORED and packed != size:
         raise ValueError(f"entry {name!r} has two sizes")
     start = _data_start(file, header, raw_name, (flags, method), packed)
-    if start + packed > len(file):
-        raise ValueError(f"entry {name!r} ends beyond the file")
     return Entry(name, header, start, packed, method != STORED), following
 
 
