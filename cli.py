@@ -51,7 +51,7 @@ def main() -> None:
         _fail("usage", error.format_message().rstrip("."), hint, UsageError.exit_code)
     except BrokenPipeError:  # the reader of stdout is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except MlxCmError as error:
         if debug:
             traceback.print_exc()
