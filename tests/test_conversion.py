@@ -18,9 +18,10 @@ import safetensors.numpy
 import torch
 from diffusers import ConsistencyModelPipeline, UNet2DModel
 from mlx.utils import tree_flatten
+from openai_names import openai_state_dict
 from parity import channels_last
 from safetensors.torch import load_file, save_file
-from tiny_models import CONDITIONAL, make_unet, native_unet, openai_state_dict, save_pipeline, shared_unet
+from tiny_models import CONDITIONAL, make_unet, native_unet, save_pipeline, shared_unet
 
 import mlx_cm
 from mlx_cm import model_folder

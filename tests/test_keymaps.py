@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from openai_names import openai_state_dict
 from parity import channels_last, relative_error
 from safetensors.torch import save_file
-from tiny_models import CONDITIONAL, UNCONDITIONAL, make_unet, native_config, openai_state_dict
+from tiny_models import CONDITIONAL, UNCONDITIONAL, make_unet, native_config
 
 from mlx_cm.config import config_from_dict
 from mlx_cm.convert import Options, convert
