@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,6 +323,7 @@ def test_a_bar_on_a_terminal_only(native, tmp_path):
     assert silent.stderr == ""
     for quiet in ([], ["-q"]):
         reader, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, 80))  # a bar needs room
         subprocess.run([*command, *quiet], cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, check=True)
         os.set_blocking(reader, False)
         try:
