@@ -89,29 +89,30 @@ def apply_rules(
             are named.
     """
     rules = list(rules)
-    dropped = tuple(rule.suffix for rule in rules if isinstance(rule, Drop))
-    by_source = {rule.source: rule.targets for rule in rules if isinstance(rule, Rule)}
+    drops = [rule for rule in rules if isinstance(rule, Drop)]
+    by_source = {rule.source: rule for rule in rules if isinstance(rule, Rule)}
+    moves = {rule.source: rule.target for rule in rules if isinstance(rule, Move)}
     filled: dict[str, TensorSource] = {}
     extra, twice, misshaped = [], [], {}
     for name, tensor in source.items():
-        if dropped and name.endswith(dropped):
+        if any(name.endswith(drop.suffix) and name.startswith(drop.prefix) for drop in drops):
             continue
-        targets = by_source.get(name, (name,))
-        if any(target not in target_shapes for target in targets):
-            extra.append(name)
+        rule = by_source.get(name) or Rule(name, (_moved(name, moves),))
+        if any(target not in target_shapes for target in rule.targets):
+            extra.append(prefix + name)
             continue
         try:
-            parts = _parts(tensor, len(targets))
+            parts = _parts(transposed(tensor) if rule.transposed else tensor, len(rule.targets))
         except ValueError as error:
-            misshaped |= dict.fromkeys(targets, f"{name}: {error}")
+            misshaped |= dict.fromkeys(rule.targets, f"{prefix}{name}: {error}")
             continue
-        for target, part in zip(targets, parts, strict=True):
+        for target, part in zip(rule.targets, parts, strict=True):
             if target in filled:
                 twice.append(target)
             try:
                 filled[target] = replace(to_channels_last(part, target_shapes[target]), name=target)
             except ValueError as error:
-                misshaped[target] = f"{name}: {error}"
+                misshaped[target] = f"{prefix}{name}: {error}"
     missing = [name for name in target_shapes if name not in filled and name not in misshaped]
     faults = {
         "missing": missing,
