@@ -22,7 +22,10 @@ def karras_sigmas(num_scales: int, sigma_min: float, sigma_max: float, rho: floa
     """
     ramp = np.linspace(0.0, 1.0, num_scales)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    levels = (high + ramp * (low - high)) ** rho
+    # Roots and powers round; a level beyond the schedule's range would be refused when a recipe names it.
+    levels[-1], levels[0] = sigma_min, sigma_max
+    return levels
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,19 @@ def test_grid_is_the_closed_form(num_scales, rho):
         for i in range(num_scales)
     ]
     assert grid.dtype == np.float64
-    np.testing.assert_allclose(grid, expected, rtol=1e-12)
+    np.testing.assert_allclose(grid, expected, rtol=1e-11)
     assert (np.diff(grid) < 0).all()
-    assert grid[0] == pytest.approx(80, rel=1e-12)
-    assert grid[-1] == pytest.approx(0.002, rel=1e-9)
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.002, 80.0), (0.01, 40.0), (0.02, 100.0), (0.005, 50.0)])
+def test_grid_ends_exactly_at_its_ends(sigma_min, sigma_max, rho):
+    """Otherwise a level that the schedule itself gives would be refused as outside its range."""
+    for num_scales in (2, 10, 40):
+        schedule = KarrasSchedule(num_scales, sigma_min, sigma_max, rho=rho)
+        grid = schedule.grid()
+        assert (grid[0], grid[-1]) == (sigma_max, sigma_min)
+        assert schedule.check_times(grid) == tuple(grid)
 
 
 @pytest.mark.parametrize("num_scales", [40, 151, 201])

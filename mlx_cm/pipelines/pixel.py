@@ -1,6 +1,7 @@
 """Pixel-space consistency models and their diffusion teachers: from labels and seeds to pictures."""
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,7 +144,7 @@ class ConsistencyModelPipeline:
         Args:
             labels: class of each image, or one for all; None draws each image's class from its seed.
             steps: 1, 2, 4 or more; the published list of this length is used where the checkpoint has one.
-            times: noise levels instead, descending; or text as on the command line (`resolve_times`).
+            times: noise levels instead, descending, or one; or text as on the command line (`resolve_times`).
             seed: one, or several; each makes `count` images.
             count: images per seed.
             sampler: "auto", or one of SAMPLERS.
@@ -260,7 +261,7 @@ class ConsistencyModelPipeline:
             raise UsageError(f"steps {len(times)}", f"the {sampler} sampler makes {limit}", "--sampler multistep")
         return Request(seeds, labels, times, sampler, rng)
 
-    def resolve_times(self, times: str | Sequence[float] | None, steps: int | None) -> tuple[float, ...]:
+    def resolve_times(self, times: str | float | Sequence[float] | None, steps: int | None) -> tuple[float, ...]:
         """The noise levels to visit.
 
         Args:
@@ -282,11 +283,11 @@ class ConsistencyModelPipeline:
             raise UsageError(f"steps {steps}", f"the times given are {len(found)}; leave one of the two out")
         return found
 
-    def _listed_times(self, times: str | Sequence[float] | None) -> Sequence[float] | None:
-        if times is None or times == "auto":
+    def _listed_times(self, times: str | float | Sequence[float] | None) -> Sequence[float] | None:
+        if not isinstance(times, str | None):
+            return [times] if isinstance(times, (int, float)) else times
+        if times in (None, "auto"):
             return None
-        if not isinstance(times, str):
-            return times
         if times in PRESETS:
             preset = PRESETS[times]
             if preset.indices is None:
@@ -335,12 +336,8 @@ class ConsistencyModelPipeline:
             return seeds, None if classes is None else tuple(label_of_seed(each, classes) for each in seeds)
         if classes is None:
             raise UsageError("labels", "this model is unconditional: it has no classes")
-        labels = [labels] if isinstance(labels, int) else list(labels)
-        bad = [label for label in labels if isinstance(label, bool) or not 0 <= label < classes]
-        if bad or not labels:
-            shown = bad[0] if bad else "list is empty"
-            raise UsageError(f"label {shown}", f"this model has classes 0 to {classes - 1}")
-        if count == 1 and (isinstance(seed, int) or len(seed) == 1):
+        labels = _checked_labels(labels, classes)
+        if count == 1 and (not isinstance(seed, Sequence) or len(seed) == 1):
             count = len(labels)  # one image per label
         seeds = tuple(expand_seeds(seed, count))
         if len(labels) == 1:
@@ -348,6 +345,23 @@ class ConsistencyModelPipeline:
         if len(labels) != len(seeds):
             raise UsageError(f"{len(labels)} labels", f"expected one, or one for each of the {len(seeds)} images")
         return seeds, tuple(labels)
+
+
+def _checked_labels(labels: int | Iterable[int], classes: int) -> list[int]:
+    given = list(labels) if isinstance(labels, Iterable) else [labels]
+    why = f"this model has classes 0 to {classes - 1}"
+    if not given:
+        raise UsageError("labels", f"the list is empty; {why}")
+    checked = []
+    for label in given:
+        try:
+            number = operator.index(label)
+        except TypeError:
+            raise UsageError(f"label {label!r}", f"expected a whole number; {why}") from None
+        if isinstance(label, bool) or not 0 <= number < classes:
+            raise UsageError(f"label {label}", why)
+        checked.append(number)
+    return checked
 
 
 def label_of_seed(seed: int, classes: int) -> int:
