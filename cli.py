@@ -103,6 +103,42 @@ class Integers(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers, as 1 or 1,2,3", param, ctx)
 
 
+def _options(*options: Callable) -> Callable[[Callable], Callable]:
+    """Options that several commands have, listed in the order of --help."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+MODEL_OPTIONS = _options(
+    click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision]."),
+    click.option("--lora", metavar="REF[@SCALE]", multiple=True, help="An adapter to apply; may be repeated."),
+    click.option("--base", metavar="REF", help="For a lone U-Net: the model that the other parts come from."),
+    click.option("--vae", default="full", show_default=True, help="full, tiny, or the reference of an autoencoder."),
+    click.option("--quantize", type=int, help="4 or 8 bits per weight of the linear layers."),
+    click.option("--dtype", help="float32, float16, bfloat16; by default float16 on a GPU, float32 on a CPU."),
+)
+SAMPLING_OPTIONS = _options(
+    click.option("-n", "--negative-prompt", metavar="TEXT", help="What the picture should not show."),
+    click.option("--prompt-weights", is_flag=True, help="Read (word:1.3) and [word] in prompts as weights."),
+    click.option("--steps", type=int, help="Network calls; by default what the model is made for."),
+    click.option("--times", metavar="LIST", help="Levels 80,1.38; timesteps 999,499; grid:0,22; a preset; auto."),
+    click.option("--sampler", default="auto", show_default=True, help="onestep, multistep, heun, euler; lcm, tcd."),
+    click.option("--eta", type=float, help="Of tcd: how much noise is put in again, 0 to 1."),
+    click.option("--original-steps", type=int, help="Steps of the distillation, where the checkpoint does not say."),
+    click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance."),
+    click.option("--width", type=int, help="Pixels."),
+    click.option("--height", type=int, help="Pixels."),
+    click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for PyTorch's CPU generator."),
+)
+OUTPUT_OPTIONS = _options(
+    click.option("-o", "--output", metavar="PATH|DIR|-", default=".", help="File, folder, or - for stdout."),
+    click.option("--format", "image_format", help="png, jpeg or webp; by default what the name says, or png."),
+    click.option("--grid", is_flag=True, help="One contact sheet instead of single pictures."),
+    click.option("--metadata", type=click.Choice(["embed", "sidecar", "none"]), default="embed", show_default=True),
+    click.option("--overwrite", is_flag=True, help="Replace existing files instead of taking the next free name."),
+    click.option("--json", "as_json", is_flag=True, help="Report as one JSON object."),
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mlx_cm.__version__, prog_name="mlx-cm")
 def cli() -> None:
@@ -111,40 +147,21 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision].")
-@click.option("-n", "--negative-prompt", metavar="TEXT", help="What the picture should not show.")
+@MODEL_OPTIONS
+@SAMPLING_OPTIONS
 @click.option("--prompt-file", metavar="FILE", type=click.File(encoding="utf-8"), help="A prompt in each line.")
-@click.option("--prompt-weights", is_flag=True, help="Read (word:1.3) and [word] in prompts as weights.")
 @click.option("--label", "labels", type=Integers(), help="Class of each picture; by default drawn from its seed.")
-@click.option("--steps", type=int, help="Network calls; by default what the model is made for.")
-@click.option("--times", metavar="LIST", help="Noise levels 80,1.38; timesteps 999,499; grid:0,22; a preset; auto.")
-@click.option("--sampler", default="auto", show_default=True, help="auto; onestep, multistep, heun, euler; lcm, tcd.")
-@click.option("--eta", type=float, help="Of tcd: how much noise is put in again, 0 to 1.")
-@click.option("--original-steps", type=int, help="Steps of the distillation, where the checkpoint does not say.")
-@click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance.")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--height", type=int, help="Pixels.")
 @click.option("--seed", type=Integers(), default="0", show_default=True, help="One picture for each, or --count.")
 @click.option("--count", type=int, default=1, show_default=True, help="Pictures per seed s: seeds s, s+1, ...")
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures computed at once.")
-@click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for the noise of PyTorch's CPU generator.")
 @click.option("--image", metavar="PATH", help="A picture to start from.")
 @click.option("--strength", type=float, help="How much of it is made anew, above 0 to 1; 0.5, with a mask 1.")
 @click.option("--mask", metavar="PATH", help="White where the picture is made anew.")
-@click.option("--lora", metavar="REF[@SCALE]", multiple=True, help="An adapter to apply; may be repeated.")
-@click.option("--base", metavar="REF", help="For a lone U-Net: the model that the other parts come from.")
-@click.option("--vae", default="full", show_default=True, help="full, tiny, or the reference of an autoencoder.")
-@click.option("--quantize", type=int, help="4 or 8 bits per weight of the linear layers.")
 @click.option("--low-ram", is_flag=True, help="Release each part of the model after its last use.")
-@click.option("--dtype", help="float32, float16, bfloat16; by default float16 on a GPU, float32 on a CPU.")
-@click.option("-o", "--output", metavar="PATH|DIR|-", default=".", help="File, folder, or - for stdout.")
-@click.option("--format", "image_format", help="png, jpeg or webp; by default what the file's name says, or png.")
-@click.option("--grid", is_flag=True, help="One contact sheet instead of single pictures.")
-@click.option("--metadata", type=click.Choice(["embed", "sidecar", "none"]), default="embed", show_default=True)
+@click.option("--max-memory", type=float, metavar="GB", help="Refuse what would take more.")
+@OUTPUT_OPTIONS
 @click.option("--from", "source_recipe", metavar="IMAGE|JSON", type=click.Path(path_type=Path), help="Make it again.")
-@click.option("--overwrite", is_flag=True, help="Replace existing files instead of taking the next free name.")
 @click.option("--preview", metavar="DIR", type=click.Path(path_type=Path), help="Write the picture of every step.")
-@click.option("--json", "as_json", is_flag=True, help="Report as one JSON object.")
 @common_options
 def generate(quiet: bool, **options: Any) -> None:
     """Make pictures.
@@ -157,15 +174,11 @@ def generate(quiet: bool, **options: Any) -> None:
     """
     from mlx_cm import images
 
-    as_json, output = options["as_json"], options["output"]
     recipe = _read_recipe(options["source_recipe"])
     settings, loading = _settings(options, recipe)
     grid = options["grid"] or bool(recipe.get("grid"))
     model = _model_ref(options["model"], recipe)
-    target = _target(output, options["image_format"])
-    extension = "png" if target is None and not options["image_format"] else options["image_format"]
-    if target is not None:
-        images.image_format(target, extension)  # a wrong format is known before the work begins
+    target = _target(options)
 
     with _progress("loading", quiet, unit="B") as report:
         pipeline = mlx_cm.load(model, progress=report, **loading)
@@ -178,21 +191,15 @@ def generate(quiet: bool, **options: Any) -> None:
     made, started = [], time.perf_counter()
     with _progress("generating", quiet, unit="step") as report:
         on_step = _on_step(report, request, options["batch"], options["preview"], pipeline.preview)
-        low_ram = {"low_ram": True} if options["low_ram"] else {}
-        results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"], **low_ram)
+        results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"], low_ram=options["low_ram"])
         if grid:
             sheet = images.contact_sheet([image for _, image in results])
             results = iter([(request, sheet)])
         for single, image in results:
             path = target if grid else _named(target, request, single)
             described = pipeline.recipe(single) | ({"grid": True} if grid else {})
-            saved = _save(image, path, described, options, extension)
-            made.append({"path": str(saved) if saved else None, **described})
-            if saved and not as_json:
-                click.echo(saved)
-    seconds = time.perf_counter() - started
-    if as_json and target is not None:
-        click.echo(json.dumps({"model": model, "seconds": round(seconds, 3), "images": made}))
+            made.append(_save(image, path, described, options))
+    _report(model, made, time.perf_counter() - started, options)
 
 
 def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -280,13 +287,19 @@ def _check_model(pipeline: Any, recipe: dict[str, Any], explicit: bool) -> None:
     logging.getLogger("mlx_cm").warning("--from: %s: the result will differ", why)
 
 
-def _target(output: str, image_format: str | None) -> Path | None:
-    """The file to write, or None for stdout."""
+def _target(options: dict[str, Any]) -> Path | None:
+    """The file to write, or None for stdout. A wrong format is known before the work begins."""
+    from mlx_cm.images import image_format
+
+    output, given = options["output"], options["image_format"]
+    options["image_format"] = given or "png" if output == "-" else given
     if output == "-":
+        image_format(Path(f"x.{options['image_format']}"))
         return None
     path = Path(output).expanduser()
     if path.is_dir() or output.endswith(("/", os.sep)):
-        return path / f"{DEFAULT_STEM}.{image_format or 'png'}"
+        path = path / f"{DEFAULT_STEM}.{given or 'png'}"
+    image_format(path, given)
     return path
 
 
@@ -299,21 +312,28 @@ def _named(target: Path | None, whole: Any, single: Any) -> Path | None:
     return target.with_name(f"{target.stem}{number}_s{single.seeds[0]}{target.suffix}")
 
 
-def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[str, Any], extension: str | None):
-    """Writes a picture and its metadata; returns the path, None for stdout."""
+def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Writes a picture and its metadata; returns what is reported of it."""
     from mlx_cm import images, metadata
 
     full = metadata.new_recipe(recipe)
-    embedded = (
-        {"recipe": full, "parameters": metadata.format_parameters(full)} if options["metadata"] == "embed" else {}
-    )
+    embedded = {}
+    if options["metadata"] == "embed":
+        embedded = {"recipe": full, "parameters": metadata.format_parameters(full)}
     if path is None:
-        sys.stdout.buffer.write(images.encode_image(image, extension, **embedded))
-        return None
-    saved = images.save_image(image, path, format=extension, overwrite=options["overwrite"], **embedded)
+        sys.stdout.buffer.write(images.encode_image(image, options["image_format"], **embedded))
+        return {"path": None, **recipe}
+    saved = images.save_image(image, path, format=options["image_format"], overwrite=options["overwrite"], **embedded)
     if options["metadata"] == "sidecar":
         metadata.write_sidecar(full, saved.with_suffix(".json"))
-    return saved
+    if not options["as_json"]:
+        click.echo(saved)
+    return {"path": str(saved), **recipe}
+
+
+def _report(model: str, made: list[dict[str, Any]], seconds: float, options: dict[str, Any]) -> None:
+    if options["as_json"] and options["output"] != "-":
+        click.echo(json.dumps({"model": model, "seconds": round(seconds, 3), "images": made}))
 
 
 def _on_step(
@@ -452,6 +472,52 @@ def quantize(source: str, destination: Path, bits: int, overwrite: bool, quiet: 
     with _progress("loading", quiet, unit="B") as progress:
         folder = native_folder(source, progress=progress)
     click.echo(quantize_folder(folder, destination, bits, overwrite=overwrite))
+
+
+@cli.group()
+def edit() -> None:
+    """Pictures made from others, or between them."""
+
+
+@edit.command()
+@click.argument("first", metavar="PROMPT")
+@click.argument("last", metavar="PROMPT")
+@MODEL_OPTIONS
+@SAMPLING_OPTIONS
+@click.option("--seed", type=Integers(), default="0", show_default=True, help="Of the first picture, and of the last.")
+@click.option("--frames", type=int, default=8, show_default=True, help="Pictures in all.")
+@click.option("--path", default="linear", show_default=True, help="Between the prompts: linear or spherical.")
+@OUTPUT_OPTIONS
+@common_options
+def interpolate(first: str, last: str, seed: list[int], frames: int, path: str, quiet: bool, **options: Any) -> None:
+    """Make pictures on the way from one prompt and seed to another."""
+    from mlx_cm import images
+
+    if len(seed) > 2:
+        raise UsageError("--seed", f"expected one seed or two, got {len(seed)}")
+    settings, loading = _settings({**dict.fromkeys((*SETTINGS, *LOAD_OPTIONS)), **options}, {})
+    model, target = _model_ref(options["model"], {}), _target(options)
+    if target is None and not options["grid"]:
+        raise UsageError("--output -", "stdout takes one picture", "--grid")
+    with _progress("loading", quiet, unit="B") as report:
+        pipeline = mlx_cm.load(model, progress=report, **loading)
+    if not hasattr(pipeline, "interpolate"):
+        raise UsageError("interpolate", "this model has no text encoder to lead from one prompt to another")
+    ends = {"prompts": (first, last), "seeds": (seed[0], seed[-1])}
+    started, made = time.perf_counter(), []
+    described = pipeline.recipe(pipeline.resolve(first, seed=seed[0], **settings))
+    described |= {"task": "interpolate", "prompt": [first, last], "seed": [seed[0], seed[-1]], "path": path}
+    with _progress("generating", quiet, unit="picture") as report:
+        pictures = pipeline.interpolate(**ends, frames=frames, path=path, **settings)
+        if options["grid"]:
+            sheet = images.contact_sheet(list(pictures), columns=frames)
+            made.append(_save(sheet, target, {**described, "frames": frames, "grid": True}, options))
+        else:
+            for number, picture in enumerate(pictures, start=1):
+                report(number, frames, "generating")
+                name = target.with_name(f"{target.stem}_f{number:03}{target.suffix}")
+                made.append(_save(picture, name, {**described, "frames": frames, "frame": number}, options))
+    _report(model, made, time.perf_counter() - started, options)
 
 
 @cli.command()

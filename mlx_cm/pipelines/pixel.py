@@ -170,13 +170,18 @@ class ConsistencyModelPipeline:
         return [image for _, image in results]
 
     def iterate(
-        self, request: Request, *, callback: Callback | None = None, batch_size: int = 1
+        self, request: Request, *, callback: Callback | None = None, batch_size: int = 1, low_ram: bool = False
     ) -> Iterator[tuple[Request, Image.Image]]:
         """Makes the pictures of a request one batch after the other.
 
         Yields:
             Each picture with the request that makes it alone.
+
+        Raises:
+            UsageError: low_ram, which is for models of several parts; or batch_size below 1.
         """
+        if low_ram:
+            raise UsageError("low_ram", "this model has one part, which is needed to the end")
         batches = split_request(request, PER_IMAGE, batch_size)
         return pictures(batches, PER_IMAGE, (self.sample(batch, callback=callback) for batch in batches))
 
