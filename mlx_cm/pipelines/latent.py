@@ -1,20 +1,22 @@
 """Latent consistency models: from a prompt to pictures, through text encoders, a U-Net and an autoencoder."""
 
+import functools
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
-from PIL import Image
+from mlx.utils import tree_flatten, tree_map
+from PIL import Image, ImageOps
 
-from mlx_cm.errors import UsageError
+from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.guidance import classifier_free_guidance, guidance_embedding, w_from_guidance_scale
 from mlx_cm.images import from_pil, to_pil
+from mlx_cm.interpolation import FEATURE_PATHS, slerp_noise
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.models.unet2d_condition import PromptContext
 from mlx_cm.parameterization import Network, latent_consistency_function
@@ -86,6 +88,18 @@ class PromptFeatures(NamedTuple):
     pooled: mx.array | None  # (B, P), for SDXL
 
 
+EncodePrompt = Callable[[str], PromptFeatures]
+Encoded = mx.array | tuple[mx.array, mx.array]  # what an autoencoder's `encode` returns: latents, or a posterior
+
+
+class PictureContext(NamedTuple):
+    """What the pictures given with a request contribute to every image."""
+
+    known: Encoded | None  # the picture; None where all of it is made anew
+    masked: Encoded | None  # the part that stays, for a network that sees it
+    mask: mx.array | None  # (1, H / 8, W / 8, 1), 1 where made anew
+
+
 @dataclass(frozen=True)
 class LatentRequest:
     """A checked request: nothing is left to defaults."""
@@ -124,6 +138,9 @@ class LatentConsistencyPipeline:
         schedule: its noise levels.
         settings: how it is used.
         provenance: what `model_index.json` says of where it comes from.
+
+    Raises:
+        ModelError: the U-Net sees other channels than latents, or latents, mask and masked picture.
     """
 
     def __init__(
@@ -140,6 +157,14 @@ class LatentConsistencyPipeline:
         self.text_encoders, self.tokenizers = list(text_encoders), list(tokenizers)
         self.schedule, self.settings = schedule, settings
         self.provenance = provenance or {}
+        self.dtype = backbone.conv_in.weight.dtype  # of the backbone
+        channels = backbone.config.in_channels
+        if channels != self.latent_channels and not self.is_inpainting:
+            raise ModelError(
+                "unet",
+                f"takes {channels} channels, expected {self.latent_channels} (latents) or "
+                f"{2 * self.latent_channels + 1} (latents, mask and masked picture)",
+            )
 
     @property
     def has_guidance_embedding(self) -> bool:
@@ -184,10 +209,7 @@ class LatentConsistencyPipeline:
 
         Args:
             prompt: what to show; several make `count` pictures for each seed of each.
-            noise: a source of all draws instead of the seeds, for a batch of all images.
-            callback: called after each step of each batch.
-            batch_size: images computed at once: above 1 faster on a GPU, equal up to rounding only.
-            low_ram: release each part after its last use; the pipeline can be used once.
+            noise, callback, batch_size, low_ram: see `iterate`.
             settings: see `resolve`.
 
         Returns:
@@ -198,11 +220,7 @@ class LatentConsistencyPipeline:
             OutputError: a picture is not finite, or blank.
         """
         request = self.resolve(prompt, **settings)
-        if noise is None:
-            results = self.iterate(request, callback=callback, batch_size=batch_size, low_ram=low_ram)
-        else:
-            made = self.decode(self.sample(request, noise=noise, callback=callback))
-            results = pictures([request], PER_IMAGE, [made])
+        results = self.iterate(request, noise=noise, callback=callback, batch_size=batch_size, low_ram=low_ram)
         return [image for _, image in results]
 
     def resolve(
@@ -238,8 +256,9 @@ class LatentConsistencyPipeline:
             width, height: pixels, multiples of 8; None: the picture's, or the size the model was trained on.
             seed, count: each seed s makes `count` pictures, with seeds s, s + 1, ...
             image: a picture to start from.
-            strength: how much of it is made anew, (0, 1]; None: 0.5, and 1 with a mask.
-            mask: white where the picture is to be made anew; of the picture's size.
+            strength: how much of it is made anew, (0, 1]; None: where the times given start, else 0.5, and 1 with a
+                mask.
+            mask: white where the picture is to be made anew, black where it stays; of the picture's size.
             sampler: "auto", "lcm" or "tcd".
             eta: of TCD, how much noise is put in again, [0, 1]; None: 0.3.
             original_steps: of the distillation; None: what the checkpoint says.
@@ -251,15 +270,20 @@ class LatentConsistencyPipeline:
         """
         refuse_settings(others, NO_USE)
         check_rng(rng)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if not prompts or not all(isinstance(one, str) for one in prompts):
             raise UsageError("prompt", "expected text, or a list of texts")
+        if not isinstance(negative_prompt, str | None):
+            raise UsageError("negative_prompt", "expected one text")
+        image, mask = (None if one is None else ImageOps.exif_transpose(one) for one in (image, mask))
         seeds = expand_seeds(seed, count)
         guidance_scale = self._resolve_guidance(guidance_scale, negative_prompt)
         width, height = self._resolve_size(width, height, image)
-        strength = self._resolve_strength(strength, image, mask)
         sampler, eta = self._resolve_sampler(sampler, eta)
-        times = self._resolve_times(times, steps, strength, original_steps)
+        listed = self._listed_times(times)
+        strength = self._resolve_strength(strength, image, mask, listed)
+        times = self._resolve_times(listed, steps, strength, original_steps)
+        self._check_start(times[0])
         for tokenizer in self.tokenizers:  # over-long prompts are known before the work begins
             encode = (lambda texts, t=tokenizer: encode_weighted(t, texts)) if prompt_weights else tokenizer.encode
             encode([*prompts, negative_prompt or ""])
@@ -284,6 +308,12 @@ class LatentConsistencyPipeline:
         scale = self.settings.guidance_scale if scale is None else float(scale)
         if not math.isfinite(scale) or scale < 0:
             raise UsageError(f"guidance_scale {scale}", "expected a number of 0 or more")
+        if 0 < scale < 1 and not self.has_guidance_embedding:
+            raise UsageError(
+                f"guidance_scale {scale:g}",
+                "expected 1 (no guidance) or more; less would have no effect",
+                "--guidance 1",
+            )
         if negative_prompt is not None and not self._is_guided(scale):
             if self.has_guidance_embedding:
                 raise UsageError(
@@ -316,7 +346,11 @@ class LatentConsistencyPipeline:
         return size
 
     def _resolve_strength(
-        self, strength: float | None, image: Image.Image | None, mask: Image.Image | None
+        self,
+        strength: float | None,
+        image: Image.Image | None,
+        mask: Image.Image | None,
+        listed: tuple[int, ...] | None,
     ) -> float | None:
         if image is None:
             for name, value in (("mask", mask), ("strength", strength)):
@@ -327,11 +361,20 @@ class LatentConsistencyPipeline:
             return None
         if mask is None and self.is_inpainting:
             raise UsageError("mask", "this model fills in a part of a picture", "--mask PATH")
-        if mask is not None and mask.size != image.size:
-            raise UsageError("mask", f"is {mask.size[0]}x{mask.size[1]}, the picture {image.size[0]}x{image.size[1]}")
-        strength = STRENGTHS["image" if mask is None else "mask"] if strength is None else strength
+        if mask is not None:
+            _check_mask(mask, image.size)
+        available = self.schedule.num_train_timesteps
+        if strength is None:
+            default = STRENGTHS["image" if mask is None else "mask"]
+            strength = default if listed is None else (listed[0] + 1) / available
         if not 0 < strength <= 1:  # false for NaN too
             raise UsageError(f"strength {strength}", "expected above 0 (the picture stays), at most 1 (all new)")
+        if listed is not None and listed[0] >= strength * available:
+            raise UsageError(
+                f"strength {strength:g}",
+                f"starts below timestep {strength * available:g}, the times given start at {listed[0]}; "
+                "leave one of the two out",
+            )
         return strength
 
     def _resolve_sampler(self, sampler: str, eta: float | None) -> tuple[str, float | None]:
@@ -358,23 +401,43 @@ class LatentConsistencyPipeline:
             raise UsageError(f"eta {eta}", "expected 0 to 1")
         return sampler, eta
 
-    def _resolve_times(
-        self, times: str | Sequence[int] | None, steps: int | None, strength: float | None, original: int | None
-    ) -> tuple[int, ...]:
+    def _listed_times(self, times: str | Sequence[int] | None) -> tuple[int, ...] | None:
+        """The timesteps given; None where they are to be chosen."""
         if times is None or times == "auto":
+            return None
+        try:
+            listed = [float(part) for part in (times.split(",") if isinstance(times, str) else times)]
+        except (TypeError, ValueError):
+            raise UsageError(f"times {times!r}", "expected auto, or timesteps as 999,499") from None
+        return self.schedule.check_times(listed)
+
+    def _resolve_times(
+        self, listed: tuple[int, ...] | None, steps: int | None, strength: float | None, original: int | None
+    ) -> tuple[int, ...]:
+        if listed is None:
             steps = self.settings.steps if steps is None else steps
             return self.schedule.lcm_timesteps(steps, strength=strength or 1.0, original_inference_steps=original)
-        try:
-            listed = [float(part) for part in times.split(",")] if isinstance(times, str) else times
-        except ValueError:
-            raise UsageError(f"times {times!r}", "expected auto, or timesteps as 999,499") from None
-        found = self.schedule.check_times(listed)
-        if steps is not None and steps != len(found):
-            raise UsageError(f"steps {steps}", f"the times given are {len(found)}; leave one of the two out")
-        return found
+        if steps is not None and steps != len(listed):
+            raise UsageError(f"steps {steps}", f"the times given are {len(listed)}; leave one of the two out")
+        if original is not None:
+            raise UsageError("original_steps", "the times are given, so the setting would have no effect")
+        return listed
+
+    def _check_start(self, t: int) -> None:
+        """Refuses a start from which nothing can be told of the picture: all is noise, and the network gives noise."""
+        if self.schedule.prediction_type == "epsilon" and self.schedule.marginal(t)[0] == 0:
+            raise UsageError(
+                f"times {t}",
+                "this model's last timestep holds no signal, and it predicts noise; start below",
+                f"--times {t - self.schedule.num_train_timesteps // self.schedule.original_inference_steps}",
+            )
 
     def recipe(self, request: LatentRequest) -> dict[str, Any]:
-        """Everything that makes the pictures of a request again but the pictures given with it, in JSON's types."""
+        """Everything that makes the pictures of a request again but the pictures given with it, in JSON's types.
+
+        Args:
+            request: as `resolve` returns it, or for one picture as `iterate` yields it.
+        """
         source, revision = self.provenance.get("source"), self.provenance.get("revision")
         return {
             "task": "generate",
@@ -383,7 +446,7 @@ class LatentConsistencyPipeline:
             "model_sha256": self.weights_sha256,
             "lora": self.provenance.get("lora"),
             "quantize": self.provenance.get("quantize"),
-            "prompt": alone(request.prompts),
+            "prompt": alone(tuple(dict.fromkeys(request.prompts))),
             "negative_prompt": request.negative_prompt,
             "prompt_weights": request.prompt_weights or None,
             "guidance_scale": request.guidance_scale,
@@ -391,12 +454,12 @@ class LatentConsistencyPipeline:
             "times": list(request.times),
             "sampler": request.sampler,
             "eta": request.eta,
-            "seed": alone(request.seeds),
+            "seed": alone(tuple(dict.fromkeys(request.seeds))),
             "rng": request.rng,
             "strength": request.strength,
             "width": request.width,
             "height": request.height,
-            "dtype": str(self.backbone.conv_in.weight.dtype).removeprefix("mlx.core."),
+            "dtype": str(self.dtype).removeprefix("mlx.core."),
             "mlx": mx.__version__,
             "device": mx.default_device().type.name,
         }
@@ -424,31 +487,34 @@ class LatentConsistencyPipeline:
             pooled = output.text_embeds if self.is_xl else None
         return PromptFeatures(mx.concatenate(states, axis=-1), pooled)
 
-    def _negative_features(self, request: LatentRequest, like: PromptFeatures) -> PromptFeatures:
-        if request.negative_prompt is None and self.settings.force_zeros_for_empty_prompt:
-            return PromptFeatures(mx.zeros_like(like.states), mx.zeros_like(like.pooled))
-        return self.encode_prompt([request.negative_prompt or ""], weighted=request.prompt_weights)
+    def _remembering(self, request: LatentRequest, size: int | None = None) -> EncodePrompt:
+        """`encode_prompt` of one prompt, as the request wants it; the last `size` prompts are kept, None: all."""
+        return functools.lru_cache(size)(lambda text: self.encode_prompt([text], weighted=request.prompt_weights))
 
-    def prepare(self, request: LatentRequest) -> PromptContext:
-        """What the prompts of a request contribute to every step, computed once."""
-        distinct = list(dict.fromkeys(request.prompts))
-        if len(distinct) == 1:  # a batch of one serves all
-            features = self.encode_prompt(distinct, weighted=request.prompt_weights)
-        else:
-            features = self.encode_prompt(request.prompts, weighted=request.prompt_weights)
-        return self.context(features, request)
+    def prepare(self, request: LatentRequest, encode: EncodePrompt | None = None) -> PromptContext:
+        """What the prompts of a request contribute to every step, computed once.
 
-    def context(self, features: PromptFeatures, request: LatentRequest) -> PromptContext:
-        """The backbone's part of `prepare`, from features of one prompt or of one per image."""
+        Args:
+            encode: gives the features of a prompt; None: the text encoders.
+        """
+        encode = self._remembering(request) if encode is None else encode
+        one_for_all = len(set(request.prompts)) == 1
+        rows = [encode(prompt) for prompt in (request.prompts[:1] if one_for_all else request.prompts)]
+        return self.context(_joined(rows), request, encode)
+
+    def context(self, features: PromptFeatures, request: LatentRequest, encode: EncodePrompt) -> PromptContext:
+        """The backbone's part of `prepare`, from features of one prompt or of one per image.
+
+        Args:
+            encode: gives the features of the negative prompt, where there is guidance.
+        """
         if self._is_guided(request.guidance_scale):
-            negative = self._negative_features(request, features)
             count = len(request.seeds)
-            features = PromptFeatures(
-                *(
-                    None if cond is None else mx.concatenate([_repeated(uncond, count), _repeated(cond, count)])
-                    for uncond, cond in zip(negative, features, strict=True)
-                )
-            )
+            if request.negative_prompt is None and self.settings.force_zeros_for_empty_prompt:
+                negative = PromptFeatures(*(None if x is None else mx.zeros_like(x) for x in features))
+            else:
+                negative = encode(request.negative_prompt or "")
+            features = _joined([_repeated_features(negative, count), _repeated_features(features, count)])
         conditions: dict[str, mx.array] = {}
         if self.has_guidance_embedding:
             w = mx.array([w_from_guidance_scale(request.guidance_scale)])
@@ -466,6 +532,7 @@ class LatentConsistencyPipeline:
         self,
         request: LatentRequest,
         *,
+        noise: Noise | None = None,
         callback: Callback | None = None,
         batch_size: int = 1,
         low_ram: bool = False,
@@ -473,46 +540,111 @@ class LatentConsistencyPipeline:
         """Makes the pictures of a request one batch after the other.
 
         Args:
-            low_ram: release the text encoders once all prompts are encoded, the backbone once all latents are made.
+            noise: a source of all draws instead of the seeds, for one batch of all images.
+            callback: called after each step of each batch.
+            batch_size: images computed at once: above 1 faster on a GPU, equal up to rounding only.
+            low_ram: release the text encoders once all prompts are encoded, the backbone once all latents are made; the
+                pipeline can be used once.
 
         Yields:
             Each picture with the request that makes it alone.
         """
-        batches = split_request(request, PER_IMAGE, batch_size)
+        batches = split_request(request, PER_IMAGE, batch_size if noise is None else len(request.seeds))
+        # Prompts come in order, and beside those of a batch there is the negative one.
+        encode = self._remembering(request, None if low_ram else batch_size + 1)
+
+        def sampled() -> Iterator[mx.array]:
+            shown, prompts = self.prepare_pictures(request), None
+            for batch in batches:
+                if batch.prompts != prompts:
+                    context, prompts = self.prepare(batch, encode), batch.prompts
+                yield self.sample(batch, context=context, shown=shown, noise=noise, callback=callback)
+
+        latents: Iterable[mx.array] = sampled()
         if low_ram:
-            return self._iterate_releasing(batches, callback)
-        contexts: dict[tuple[str, ...], PromptContext] = {}
-
-        def make(batch: LatentRequest) -> mx.array:
-            if batch.prompts not in contexts:
-                contexts.clear()  # prompts come in order: the last one is enough
-                contexts[batch.prompts] = self.prepare(batch)
-            return self.decode(self.sample(batch, context=contexts[batch.prompts], callback=callback))
-
-        return pictures(batches, PER_IMAGE, map(make, batches))
-
-    def _iterate_releasing(
-        self, batches: list[LatentRequest], callback: Callback | None
-    ) -> Iterator[tuple[LatentRequest, Image.Image]]:
-        if self.text_encoders is None:
-            raise UsageError("low_ram", "this pipeline has released its parts", "load the model again")
-        distinct = {batch.prompts: batch for batch in batches}
-        contexts = {prompts: self.prepare(batch) for prompts, batch in distinct.items()}
-        for context in contexts.values():
-            mx.eval(context.arrays())
-        self.text_encoders = None
-        _release()
-        latents = [self.sample(batch, context=contexts[batch.prompts], callback=callback) for batch in batches]
-        del contexts, context
-        self.backbone = _Released(self.backbone.config)
-        _release()
+            negative = [request.negative_prompt or ""] if self._is_guided(request.guidance_scale) else []
+            for prompt in [*request.prompts, *negative]:
+                mx.eval([x for x in encode(prompt) if x is not None])
+            self.text_encoders = [_Released(encoder) for encoder in self.text_encoders]
+            _release()
+            latents = list(latents)
+            self.backbone = _Released(self.backbone)
+            _release()
         return pictures(batches, PER_IMAGE, map(self.decode, latents))
+
+    def interpolate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        frames: int = 8,
+        path: str = "linear",
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> Iterator[Image.Image]:
+        """Makes pictures on the way from one prompt and seed to another.
+
+        The first and the last are exactly those that `generate` makes of their prompt and seed; in between, features
+        lie between the prompts' features and every draw of noise between the seeds' draws.
+
+        Args:
+            prompts, seeds: of the first and of the last picture; two equal ones stay as they are.
+            frames: pictures in all.
+            path: "linear" or "spherical", of the features; noise always follows the arc.
+            settings: see `resolve`.
+
+        Yields:
+            The pictures in order.
+
+        Raises:
+            UsageError: no two prompts and seeds, fewer than two frames, or a setting as for `generate`.
+            OutputError: a picture is not finite, or blank.
+        """
+        for name, given in {"prompts": prompts, "seeds": seeds}.items():
+            if isinstance(given, str) or len(given) != 2:
+                raise UsageError(name, "expected two, of the first picture and of the last")
+        if frames < 2:
+            raise UsageError(f"frames {frames}", "expected at least 2, the first picture and the last")
+        if path not in FEATURE_PATHS:
+            raise UsageError(f"path {path!r}", f"expected one of {', '.join(FEATURE_PATHS)}")
+        if settings.get("count", 1) != 1:
+            raise UsageError(f"count {settings['count']}", "one picture is made for each frame")
+        first, last = (self.resolve(prompt, seed=seed, **settings) for prompt, seed in zip(prompts, seeds, strict=True))
+        encode = self._remembering(first)
+
+        def made() -> Iterator[mx.array]:
+            shown = self.prepare_pictures(first)
+            for fraction in (frame / (frames - 1) for frame in range(frames)):
+                parts = zip(*map(encode, prompts), strict=True)
+                between = (None if a is None else FEATURE_PATHS[path](a, b, fraction) for a, b in parts)
+                context = self.context(PromptFeatures(*between), first, encode)
+                noise = slerp_noise(*(NOISE_SOURCES[one.rng](one.seeds) for one in (first, last)), fraction)
+                yield self.decode(self.sample(first, context=context, shown=shown, noise=noise, callback=callback))
+
+        return (image for _, image in pictures([first] * frames, PER_IMAGE, made()))
+
+    def prepare_pictures(self, request: LatentRequest) -> PictureContext | None:
+        """What the pictures of a request contribute to every image, computed once; None where there are none."""
+        if request.image is None:
+            return None
+        size, unit = (request.width, request.height), self.autoencoder.config.pixels_per_latent
+        pixels = from_pil(request.image, size=size)
+        mask = None if request.mask is None else _binary_mask(request.mask, size)
+        sees_masked = self.is_inpainting and mask is not None
+        shown = PictureContext(
+            known=None if sees_masked and _is_all_new(request) else self.encode(pixels),
+            masked=self.encode(pixels * (1 - mask)) if sees_masked else None,
+            mask=None if mask is None else mask[:, ::unit, ::unit],
+        )
+        mx.eval([x for x in shown if x is not None])
+        return shown
 
     def sample(
         self,
         request: LatentRequest,
         *,
         context: PromptContext | None = None,
+        shown: PictureContext | None = None,
         noise: Noise | None = None,
         callback: Callback | None = None,
     ) -> mx.array:
@@ -520,14 +652,16 @@ class LatentConsistencyPipeline:
 
         Args:
             context: what `prepare` made of the request's prompts; None: made here.
+            shown: what `prepare_pictures` made of its pictures; None: made here.
             noise: a source of all draws instead of the request's seeds.
 
         Returns:
             Scaled latents, float32, shape (B, height / 8, width / 8, latent_channels).
         """
         context = self.prepare(request) if context is None else context
+        shown = self.prepare_pictures(request) if shown is None else shown
         noise = noise or NOISE_SOURCES[request.rng](request.seeds)
-        start, extra, constrain = self._start(request, noise)
+        start, extra, constrain = self._start(request, shown, noise)
         net = self._network(context, request.guidance_scale, extra)
         sampler = SAMPLERS[request.sampler]
         options = {"eta": request.eta} if sampler.takes_eta else {}
@@ -536,35 +670,37 @@ class LatentConsistencyPipeline:
             jump, start, request.times, self.schedule, noise=noise, callback=callback, constrain=constrain, **options
         )
 
-    def _start(self, request: LatentRequest, noise: Noise) -> tuple[mx.array, mx.array | None, Constraint | None]:
+    def _start(
+        self, request: LatentRequest, shown: PictureContext | None, noise: Noise
+    ) -> tuple[mx.array, mx.array | None, Constraint | None]:
         """Where sampling starts; what the network sees beside the latents; what keeps the unmasked part.
 
         Draws are made in the order in which diffusers' pipelines make them.
         """
         unit = self.autoencoder.config.pixels_per_latent
         shape = (len(request.seeds), request.height // unit, request.width // unit, self.latent_channels)
-        if request.image is None:
+        if shown is None:
             return noise(shape, 0), None, None
-        pixels = from_pil(request.image, size=(request.width, request.height))
-        all_new = request.mask is not None and request.strength == 1.0
-        known = None
-        if not (self.is_inpainting and all_new):
-            known = self.encode(pixels, noise(shape, IMAGE_POSTERIOR))
+
+        def latents(encoded: Encoded, index: int) -> mx.array:
+            drawn = noise(shape, index) if isinstance(encoded, tuple) else None  # a posterior is drawn from
+            return _repeated(self.autoencoder.scaled(encoded, drawn), shape[0])
+
+        known = None if shown.known is None else latents(shown.known, IMAGE_POSTERIOR)
         initial = noise(shape, 0)
         alpha, sigma = self.schedule.marginal(request.times[0])
-        start = initial if all_new else alpha * known + sigma * initial
-        if request.mask is None:
+        start = initial if _is_all_new(request) else alpha * known + sigma * initial
+        if shown.mask is None:
             return start, None, None
-        mask = _binary_mask(request.mask, (request.width, request.height))  # (1, H, W, 1), 1 where made anew
-        small = mask[:, ::unit, ::unit]
-        drawn = noise(shape, MASKED_POSTERIOR)  # diffusers draws it for every U-Net, and its stream goes on behind it
-        if self.is_inpainting:
-            masked = self.encode(pixels * (1 - mask), drawn)
-            return start, mx.concatenate([_repeated(small, len(masked)), masked], axis=-1), None
+        if shown.masked is not None:
+            masked = latents(shown.masked, MASKED_POSTERIOR)
+            return start, mx.concatenate([_repeated(shown.mask, shape[0]), masked], axis=-1), None
+        if isinstance(shown.known, tuple):  # diffusers draws for every U-Net, and its stream goes on behind it
+            noise(shape, MASKED_POSTERIOR)
 
         def constrain(x: mx.array, t: int) -> mx.array:
             alpha, sigma = self.schedule.marginal(t)
-            return small * x + (1 - small) * (alpha * known + sigma * initial)
+            return shown.mask * x + (1 - shown.mask) * (alpha * known + sigma * initial)
 
         return start, None, constrain
 
@@ -584,14 +720,12 @@ class LatentConsistencyPipeline:
 
         return guided if self._is_guided(guidance_scale) else call
 
-    def encode(self, pixels: mx.array, noise: mx.array) -> mx.array:
-        """Scaled latents of pictures in [-1, 1]; tile by tile where they are large."""
+    def encode(self, pixels: mx.array) -> Encoded:
+        """What the autoencoder's `encode` makes of pictures in [-1, 1]; tile by tile where they are large."""
         unit = self.autoencoder.config.pixels_per_latent
-
         if max(pixels.shape[1:3]) <= WHOLE_UP_TO * unit:
-            return self.autoencoder.encode_scaled(pixels, noise)
-        encoded = encode_tiled(self.autoencoder.encode, pixels, tile=TILE * unit, scale=unit)
-        return self.autoencoder.scaled(encoded, noise)
+            return self.autoencoder.encode(pixels)
+        return encode_tiled(self.autoencoder.encode, pixels, tile=TILE * unit, scale=unit)
 
     def preview(self, latents: mx.array) -> list[Image.Image]:
         """Small pictures of the state in the middle of sampling, without the autoencoder: a matrix product a pixel.
@@ -627,10 +761,15 @@ class LatentConsistencyPipeline:
 
 
 class _Released:
-    """Stands where a part was that `low_ram` has released; its config is still asked for."""
+    """Stands where a part was that `low_ram` has released: its config is still asked for, and whoever calls is told."""
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, part: Any):
+        self.config = part.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("low_ram", "this pipeline has released its parts after use", "load the model again")
+
+    prepare = __call__
 
 
 def _release() -> None:
@@ -639,7 +778,12 @@ def _release() -> None:
 
 
 def _is_half(model: nn.Module) -> bool:
-    return model.decoder.conv_out.weight.dtype != mx.float32
+    return any(weight.dtype in (mx.float16, mx.bfloat16) for _, weight in tree_flatten(model.parameters()))
+
+
+def _is_all_new(request: LatentRequest) -> bool:
+    """Whether the masked part starts from noise alone."""
+    return request.mask is not None and request.strength == 1.0
 
 
 def _repeated(x: mx.array, count: int) -> mx.array:
@@ -647,7 +791,23 @@ def _repeated(x: mx.array, count: int) -> mx.array:
     return x if len(x) == count else mx.broadcast_to(x, (count, *x.shape[1:]))
 
 
+def _repeated_features(features: PromptFeatures, count: int) -> PromptFeatures:
+    return PromptFeatures(*(None if x is None else _repeated(x, count) for x in features))
+
+
+def _joined(rows: Sequence[PromptFeatures]) -> PromptFeatures:
+    """Features of several prompts as one batch."""
+    return PromptFeatures(*(None if parts[0] is None else mx.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def _check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+    if mask.size != size:
+        raise UsageError("mask", f"is {mask.size[0]}x{mask.size[1]}, the picture {size[0]}x{size[1]}")
+    if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+        raise UsageError("mask", "is transparent in places; expected white where to make anew and black where to keep")
+
+
 def _binary_mask(mask: Image.Image, size: tuple[int, int]) -> mx.array:
     """(1, H, W, 1): 1 where the mask is at least half white."""
-    values = from_pil(mask.convert("L").convert("RGB"), size=size)[..., :1]
-    return (values >= 0).astype(mx.float32)
+    (upright,) = to_pil(from_pil(mask))  # with 8 bits
+    return (from_pil(upright.convert("L"), size=size)[..., :1] >= 0).astype(mx.float32)
