@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.models.layers import Conv2d
 
-# What the published LCM-LoRAs adapt. [LCM] section 4.3; the list is that of the authors' training scripts.
+# What the published LCM-LoRAs adapt (Luo et al., arXiv 2311.05556), as the authors' training scripts list it.
 LCM_LORA_TARGETS = (
     "to_q",
     "to_k",
@@ -150,8 +150,8 @@ def delta(layer: LoraLayer, scale: float = 1.0) -> mx.array:
     """
     shape = layer.shape
     down = layer.down.reshape(layer.rank, -1).astype(mx.float32)
-    up = layer.up.reshape(shape[0], layer.rank).astype(mx.float32)
-    return (scale * layer.alpha / layer.rank) * (up @ down).reshape(shape)
+    up = layer.up.reshape(shape[0], layer.rank).astype(mx.float32) * (scale * layer.alpha / layer.rank)
+    return (up @ down).reshape(shape)
 
 
 def fuse(model: nn.Module, layers: Mapping[str, LoraLayer], scale: float = 1.0) -> None:
@@ -210,18 +210,19 @@ def _add(where: str, module: nn.Module, change: mx.array) -> None:
     """Adds to a module's weight in float32 and rounds once."""
     if isinstance(module, nn.QuantizedLinear):
         settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **settings, dtype=mx.float32)
         # Affine scales have the type of the layer's inputs; those of the other modes are bytes.
         dtype = module.scales.dtype if mx.issubdtype(module.scales.dtype, mx.floating) else mx.float32
-        total = (weight + change).astype(dtype)
-        packed = dict(zip(("weight", "scales", "biases"), mx.quantize(total, **settings), strict=False))
+        weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **settings, dtype=mx.float32)
+        total = weight + change
+        packed = dict(zip(("weight", "scales", "biases"), mx.quantize(total.astype(dtype), **settings), strict=False))
     else:
-        total = (module.weight.astype(mx.float32) + change).astype(module.weight.dtype)
-        packed = {"weight": total}
-    finite = mx.isfinite(total).all()
-    mx.eval(packed, finite)
-    if not finite.item():
+        dtype = module.weight.dtype
+        total = module.weight.astype(mx.float32) + change
+        packed = {"weight": total.astype(dtype)}
+    largest = mx.maximum(total.max(), -total.min())
+    mx.eval(packed, largest)
+    if not largest.item() <= mx.finfo(dtype).max:  # nor is NaN
         raise ModelError(
-            where, f"with the LoRA added, values go beyond {total.dtype}", "use a smaller scale, or --dtype bfloat16"
+            where, f"with the LoRA added, values go beyond {dtype}", "use a smaller scale, or --dtype bfloat16"
         )
     module.update(packed)
