@@ -1,10 +1,12 @@
 """Foreign checkpoints to native model folders, and back.
 
 `readers` knows containers, `keymaps` names, `families` components; `pixel` and `latent` plan what is to be written,
-`conversion` writes it.
+`conversion` writes it; `exporting` is the way back.
 """
 
+from mlx_cm.convert.adapters import load_adapter
 from mlx_cm.convert.conversion import Report, convert, plan_conversion
+from mlx_cm.convert.exporting import export
 from mlx_cm.convert.latent import MissingParts
 from mlx_cm.convert.model_card import base_model_of_card
 from mlx_cm.convert.planning import Options, Plan
@@ -16,5 +18,7 @@ __all__ = [
     "Report",
     "base_model_of_card",
     "convert",
+    "export",
+    "load_adapter",
     "plan_conversion",
 ]
