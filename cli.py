@@ -26,7 +26,7 @@ DEFAULT_STEM = "image"
 FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
 
 # Options of `generate` that go to `load`, and those that go to the pipeline; a recipe carries them under these names.
-LOAD_OPTIONS = ("dtype", "quantize", "lora", "vae", "base")
+LOAD_OPTIONS = ("dtype", "quantize", "lora", "lora_partial", "vae", "base")
 SETTINGS = (
     *("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "eta", "original_steps", "guidance_scale"),
     *("width", "height", "seed", "count", "image", "strength", "mask", "prompt_weights", "rng"),
@@ -111,6 +111,7 @@ def _options(*options: Callable) -> Callable[[Callable], Callable]:
 MODEL_OPTIONS = _options(
     click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision]."),
     click.option("--lora", metavar="REF[@SCALE]", multiple=True, help="An adapter to apply; may be repeated."),
+    click.option("--lora-partial", is_flag=True, help="Leave out what of an adapter the model has no place for."),
     click.option("--base", metavar="REF", help="For a lone U-Net: the model that the other parts come from."),
     click.option("--vae", default="full", show_default=True, help="full, tiny, or the reference of an autoencoder."),
     click.option("--quantize", type=int, help="4 or 8 bits per weight of the linear layers."),

@@ -314,7 +314,7 @@ def _check_complete(path: Path, matching: Matching, metadata: Mapping[str, str],
     if not matching.found:
         raise ModelError(str(path), f"fits nothing: {why}", "choose the LoRA for this base")
     if not partial:
-        raise ModelError(str(path), f"fits only partly: {why}", "choose the LoRA for this base, or pass partial=True")
+        raise ModelError(str(path), f"fits only partly: {why}", "choose the LoRA for this base, or pass --lora-partial")
     log.warning("%s: passed over: %s", path, why)
 
 

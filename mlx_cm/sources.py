@@ -192,11 +192,18 @@ def is_native_component(folder: Path) -> bool:
     return first.is_file() and check_safetensors(first).get("format") == WEIGHTS_METADATA["format"]
 
 
-def open_adapter(ref: str, modules: Mapping[str, Mapping[str, tuple[int, ...]]], progress: Progress | None) -> Adapter:
+def open_adapter(
+    ref: str,
+    modules: Mapping[str, Mapping[str, tuple[int, ...]]],
+    progress: Progress | None = None,
+    *,
+    partial: bool = False,
+) -> Adapter:
     """A LoRA of this machine or the Hub, matched with a model's modules.
 
     Args:
         modules: component => module path => shape of its weight.
+        partial: leave out, with a warning, the modules that the model has not.
 
     Raises:
         ModelError: not found, broken, or made for another model.
@@ -205,7 +212,7 @@ def open_adapter(ref: str, modules: Mapping[str, Mapping[str, tuple[int, ...]]],
 
     path = Path(ref).expanduser()
     if path.exists():
-        return load_adapter(path, modules, name=path.name)
+        return load_adapter(path, modules, name=path.name, partial=partial)
     hub_ref = hub_reference(ref)
-    adapter = load_adapter(_download(hub_ref, None, progress).path, modules, name=ref)
+    adapter = load_adapter(_download(hub_ref, None, progress).path, modules, name=ref, partial=partial)
     return replace(adapter, ref=ref, sampler=adapter.sampler or ADAPTER_SAMPLERS.get(hub_ref.repo_id))
