@@ -100,7 +100,7 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
             raise UsageError(str(destination), f"holds the {what}, which would be overwritten")
     plan = plan_conversion(source, options)
     total = sum(tensor.nbytes for component in plan.components.values() for tensor in component.tensors.values())
-    _check_space(destination, total)
+    check_space(destination, total)
     with atomic_folder(destination, overwrite=options.overwrite) as partial:
         _write(plan, partial, source, options, total)
         if options.verify:
@@ -235,7 +235,12 @@ def _bits(tensor: TensorSource) -> np.ndarray:
     return np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
 
 
-def _check_space(destination: Path, total: int) -> None:
+def check_space(destination: Path, total: int) -> None:
+    """Looks for room before anything is written.
+
+    Raises:
+        DiskError: there is less than `total` bytes and some to spare.
+    """
     existing = next(parent for parent in [destination.absolute(), *destination.absolute().parents] if parent.exists())
     with disk_errors(destination):
         free = shutil.disk_usage(existing).free

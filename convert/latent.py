@@ -21,7 +21,6 @@ from mlx_cm.convert.keymaps.open_clip import open_clip_config, open_clip_rules
 from mlx_cm.convert.keymaps.rules import SHOWN, RuleLike
 from mlx_cm.convert.model_card import base_model_of_card
 from mlx_cm.convert.planning import (
-    CONFIG,
     Component,
     Options,
     Plan,
@@ -41,6 +40,7 @@ from mlx_cm.model_folder import (
     is_native,
     read_model_index,
     read_schedule,
+    stored_quantization,
 )
 from mlx_cm.models.autoencoder_kl import SD_VAE, SDXL_VAE, AutoencoderKLConfig
 from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
@@ -282,11 +282,11 @@ def _base_schedule(base: Path) -> tuple[DiscreteSchedule, str | None]:
 
 def _native_component(folder: Path, options: Options) -> Component:
     """A component of a native model: its tensors are in place already."""
+    if stored_quantization(folder) is not None:
+        raise ModelError(str(folder), "is quantised; a base has to have its full weights")
     model = build_model(folder)
     checkpoint = open_checkpoint(folder)
     check_names_and_shapes(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, str(folder))
-    if "quantization" in read_json(folder / CONFIG):
-        raise ModelError(str(folder), "is quantised; a base has to have its full weights")
     dtype = DTYPE_NAMES[options.dtype] if options.dtype else None
     tensors = {name: cast(tensor, dtype) for name, tensor in checkpoint.tensors.items()}
     return Component(model.config, checkpoint, tensors)

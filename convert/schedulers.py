@@ -1,7 +1,7 @@
 """Scheduler configs of diffusers, and what of them a checkpoint's schedule and sampler are."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from mlx_cm.config import config_from_dict
@@ -37,6 +37,10 @@ DISCRETE_SCHEDULERS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 # Settings that would change the picture, and the values under which they do not.
 NEUTRAL_SETTINGS = {"clip_sample": (False,), "thresholding": (False,), "trained_betas": (None,)}
+
+DISTILLATION_FIELDS = ("original_inference_steps", "timestep_scaling")  # which solvers' configs do not have
+PLAIN_SOLVER = "DDIMScheduler"
+PLAIN_SOLVER_SETTINGS = {"set_alpha_to_one": False, "steps_offset": 1}  # as in Stable Diffusion's own configs
 
 KARRAS_SCHEDULER = "CMStochasticIterativeScheduler"
 # Field of its config => field of KarrasSchedule.
@@ -83,3 +87,19 @@ def discrete_schedule(values: Mapping[str, Any], where: str) -> tuple[DiscreteSc
     known = [field.name for field in fields(DiscreteSchedule)]
     given = {name: values[name] for name in known if values.get(name) is not None}
     return config_from_dict(DiscreteSchedule, {**defaults, **given}, where), sampler
+
+
+def karras_scheduler_config(schedule: KarrasSchedule, *, clip_denoised: bool) -> dict[str, Any]:
+    """The config of diffusers' `CMStochasticIterativeScheduler` with this schedule."""
+    values = {published: getattr(schedule, name) for published, name in KARRAS_FIELDS.items()}
+    return {"_class_name": KARRAS_SCHEDULER, **values, "s_noise": 1.0, "clip_denoised": clip_denoised}
+
+
+def discrete_scheduler_config(schedule: DiscreteSchedule, sampler: str | None) -> dict[str, Any]:
+    """The config of the scheduler of this sampler; of the plainest solver for a model that has none."""
+    values = asdict(schedule) | {name: neutral[0] for name, neutral in NEUTRAL_SETTINGS.items()}
+    if sampler is not None:
+        name = next(name for name, (known, _) in DISCRETE_SCHEDULERS.items() if known == sampler)
+        return {"_class_name": name, **values}
+    kept = {name: value for name, value in values.items() if name not in DISTILLATION_FIELDS}
+    return {"_class_name": PLAIN_SOLVER, **kept, **PLAIN_SOLVER_SETTINGS}
