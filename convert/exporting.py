@@ -41,6 +41,7 @@ PUBLISHED = {
     "CLIPTextModel": (TRANSFORMERS, "CLIPTextModel", "model.safetensors"),
 }
 WEIGHTS_METADATA = {"format": "pt"}
+LAYOUT = {"_diffusers_version": "0.42.1"}  # whose layout and fields these are; its loaders look for it
 DERIVED_FIELDS = {"AutoencoderTiny": ("block_out_channels",)}  # which diffusers makes from others itself
 TOKENIZER = "CLIPTokenizer"
 # Components that diffusers' pipelines have a place for and that these models do without.
@@ -102,7 +103,7 @@ def _class_there(kind: str, config: Any) -> list[str]:
 def _write_component(folder: Path, kind: str, config: Any, tensors: Iterable[TensorSource]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     library, published = _class_there(kind, config)
-    head = {"_class_name": published} if library == DIFFUSERS else {"model_type": "clip_text_model"}
+    head = {"_class_name": published, **LAYOUT} if library == DIFFUSERS else {"model_type": "clip_text_model"}
     values = {name: value for name, value in config_to_dict(config).items() if name not in DERIVED_FIELDS.get(kind, ())}
     write_json(folder / CONFIG, head | values)
     write_safetensors(folder / PUBLISHED[kind][2], tensors, WEIGHTS_METADATA)
@@ -153,5 +154,5 @@ def _write_rest(partial: Path, folder: Path, index: ModelIndex, configs: Mapping
                 (partial / name).mkdir(exist_ok=True)
                 shutil.copyfile(folder / name / file, partial / name / file)
     (partial / SCHEDULER).mkdir()
-    write_json(partial / SCHEDULER / SCHEDULER_CONFIG, scheduler)
-    write_json(partial / MODEL_INDEX, published)
+    write_json(partial / SCHEDULER / SCHEDULER_CONFIG, scheduler | LAYOUT)
+    write_json(partial / MODEL_INDEX, published | LAYOUT)
