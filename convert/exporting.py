@@ -10,7 +10,7 @@ from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.convert import latent, pixel
 from mlx_cm.convert.conversion import check_space
 from mlx_cm.convert.keymaps.rules import to_channels_first
-from mlx_cm.convert.latent import TOKENIZERS
+from mlx_cm.convert.latent import TOKENIZERS, tokenizer_files
 from mlx_cm.convert.planning import CONFIG
 from mlx_cm.convert.readers import open_checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, discrete_scheduler_config, karras_scheduler_config
@@ -29,7 +29,6 @@ from mlx_cm.models.clip_text import CLIPTextConfig
 from mlx_cm.pipelines.latent import LatentSettings
 from mlx_cm.pipelines.pixel import PixelSettings
 from mlx_cm.storage import TensorSource, atomic_folder, write_json, write_safetensors
-from mlx_cm.tokenizer import FILES as TOKENIZER_FILES
 
 DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
 # Class here => library, class there, and the name of its weights; a text encoder's class is in its config.
@@ -148,11 +147,10 @@ def _write_rest(partial: Path, folder: Path, index: ModelIndex, configs: Mapping
     published, scheduler = PIPELINES[index.pipeline](index, folder, configs)
     published |= {part: _class_there(index.components[part], config) for part, config in configs.items()}
     published[SCHEDULER] = [DIFFUSERS, scheduler["_class_name"]]
-    for name in published:
-        for file in TOKENIZER_FILES:
-            if name in TOKENIZERS and (folder / name / file).is_file():
-                (partial / name).mkdir(exist_ok=True)
-                shutil.copyfile(folder / name / file, partial / name / file)
+    for name in published.keys() & set(TOKENIZERS):
+        (partial / name).mkdir()
+        for target, file in tokenizer_files(folder / name, name).items():
+            shutil.copyfile(file, partial / target)
     (partial / SCHEDULER).mkdir()
     write_json(partial / SCHEDULER / SCHEDULER_CONFIG, scheduler | LAYOUT)
     write_json(partial / MODEL_INDEX, published | LAYOUT)

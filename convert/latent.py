@@ -71,7 +71,6 @@ ONLY_XL = ("text_encoder_2", "tokenizer_2")
 # What can be set from outside: of any source, and of a single file, which comes without configs.
 SETTINGS = (DiscreteSchedule, LatentSettings)
 FILE_SETTINGS = (UNet2DConditionConfig, *SETTINGS, AutoencoderKLConfig)
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 # Of the published guidance-embedded models, by whether they are SDXL's.
 GUIDANCE_SCALES = {False: 8.5, True: 8.0}
@@ -134,10 +133,8 @@ def plan_pipeline(source: Path, index: Mapping[str, Any], options: Options) -> P
     else:
         refuse_parts(options, "base")
     refuse_parts(options, "tokenizer")
-    unknown = [name for name in index if not _is_known(name) and _entry(source, index, name) is not None]
-    if unknown:
-        raise ModelError(str(source / MODEL_INDEX), f"parts that are not supported: {', '.join(unknown)}")
-    left_out = [name for name in LEFT_OUT if index.get(name) and _entry(source, index, name) is not None]
+    used = {*PARTS, SCHEDULER}
+    left_out = [name for name in index if name not in used and _entry(source, index, name) is not None]
     notes = [f"{', '.join(left_out)}: left out, pictures are made without"] if left_out else []
     scheduler = source / SCHEDULER / SCHEDULER_CONFIG
     return _plan(
@@ -182,10 +179,6 @@ def _is_xl(config: UNet2DConditionConfig) -> bool:
     return config.addition_embed_type == "text_time"
 
 
-def _is_known(name: str) -> bool:
-    return name[:1] == "_" or name in PARTS or name in LEFT_OUT or name == SCHEDULER
-
-
 def _entry(folder: Path, index: Mapping[str, Any], name: str) -> str | None:
     """The class of a part, None where the index has none.
 
@@ -210,7 +203,7 @@ def _pipeline_parts(folder: Path, index: Mapping[str, Any], names: list[str], op
     parts = Parts()
     for name in names:
         if name in TOKENIZERS:
-            parts |= Parts(files=_tokenizer_files(folder / name, name))
+            parts |= Parts(files=tokenizer_files(folder / name, name))
         else:
             parts |= Parts({name: _pipeline_component(folder, index, name, options)})
     return parts
@@ -228,8 +221,12 @@ def _pipeline_component(folder: Path, index: Mapping[str, Any], name: str, optio
     return component
 
 
-def _tokenizer_files(folder: Path, name: str) -> dict[str, Path | bytes]:
-    """The files of a tokenizer, once they have shown to be CLIP's."""
+def tokenizer_files(folder: Path, name: str) -> dict[str, Path]:
+    """The files of a tokenizer by their path inside a model, once they have shown to be CLIP's.
+
+    Raises:
+        ModelError: missing, broken, or of another kind.
+    """
     if not folder.is_dir():
         raise ModelError(str(folder), "folder is missing")
     CLIPTokenizer.from_folder(folder)
@@ -255,7 +252,7 @@ def _from_base(options: Options, names: list[str], missing: MissingParts) -> Par
         parts = Parts()
         for name in names:
             if name in TOKENIZERS:
-                parts |= Parts(files=_tokenizer_files(base / name, name))
+                parts |= Parts(files=tokenizer_files(base / name, name))
             else:
                 parts |= Parts({name: _native_component(base / name, options)})
     else:
@@ -535,7 +532,7 @@ def _file_tokenizers(unet: UNet2DConditionConfig, components: Mapping[str, Compo
         if name not in parts_wanted(unet):
             continue
         if (folder / name).is_dir():
-            parts |= Parts(files=_tokenizer_files(folder / name, name))
+            parts |= Parts(files=tokenizer_files(folder / name, name))
         else:
             is_open_clip = name == "tokenizer_2" or (
                 encoder in components and components[encoder].config.hidden_act == "gelu"
@@ -546,7 +543,7 @@ def _file_tokenizers(unet: UNet2DConditionConfig, components: Mapping[str, Compo
 
 def _tokenizer_of_vocabulary(folder: Path, name: str, padding: str) -> dict[str, Path | bytes]:
     """CLIP's vocabulary and a tokenizer config beside it: the encoders share the words and differ in the padding."""
-    given = _tokenizer_files(folder, name)
+    given = tokenizer_files(folder, name)
     vocabulary = [file for file in (TOKENIZER_JSON, *VOCABULARY_FILES) if f"{name}/{file}" in given]
     config = {
         "tokenizer_class": "CLIPTokenizer",

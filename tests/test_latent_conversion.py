@@ -36,6 +36,7 @@ from latent_models import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from mlx_cm import load
 from mlx_cm.config import config_from_dict
 from mlx_cm.convert import MissingParts, Options, base_model_of_card, convert, plan_conversion
 from mlx_cm.convert.latent import plan_ldm_file
@@ -211,9 +212,9 @@ def test_xl_pipelines_of_the_same_parts(own, published):
 def test_what_is_left_out_is_said(own):
     source = own("lcm")
     entry = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
-    edit(source / "model_index.json", **entry, feature_extractor=["transformers", "CLIPImageProcessor"])
+    edit(source / "model_index.json", **entry, vae_encoder=["diffusers", "OnnxRuntimeModel"])
     [note] = plan_conversion(source, Options()).notes
-    assert note.startswith("safety_checker, feature_extractor: left out")
+    assert note.startswith("safety_checker, vae_encoder: left out")
 
 
 def test_a_tiny_autoencoder_in_a_pipeline(own, tmp_path):
@@ -307,7 +308,6 @@ def test_settings_of_the_users_own(folders):
         (lambda s: edit(s / "model_index.json", unet=[None, None]), ModelError, "has no unet"),
         (lambda s: edit(s / "model_index.json", vae=...), MissingParts, "has no vae"),
         (lambda s: edit(s / "model_index.json", vae="here"), ModelError, "vae: expected .library, class., got 'here'"),
-        (lambda s: edit(s / "model_index.json", prior=["diffusers", "Prior"]), ModelError, "not supported: prior"),
         (lambda s: shutil.rmtree(s / "text_encoder"), ModelError, "text_encoder/config.json: file is missing"),
         (lambda s: shutil.rmtree(s / "tokenizer"), ModelError, "tokenizer: folder is missing"),
         (lambda s: shutil.rmtree(s / "scheduler"), ModelError, "scheduler_config.json: file is missing"),
@@ -777,6 +777,22 @@ def test_a_folder_without_words(single_file, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"vocab\.json: file is missing"):
         plan_conversion(single_file(ldm_state("lcm")), Options(tokenizer=tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("lcm", 3), ("lcm sdxl", 1)])
+def test_the_picture_of_a_single_file_is_that_of_diffusers(single_file, tmp_path, kind, steps):
+    source = single_file(ldm_state(kind))
+    convert(source, tmp_path / "out", Options(tokenizer=vocabulary_folder(), overrides={"scaling_factor": 0.18215}))
+    settings = {"width": 32, "height": 16, "guidance_scale": 4.0}
+    [ours] = load(tmp_path / "out").generate("a bear", seed=5, steps=steps, rng="torch", **settings)
+    theirs = pipeline(kind, "LCM")
+    theirs.scheduler = diffusers.LCMScheduler()
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    [expected] = theirs("a bear", num_inference_steps=steps, generator=generator, **settings).images
+    difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
+    assert difference.max() <= 1
+    assert np.asarray(expected).std() > 10
 
 
 # --- published sizes, by names and shapes alone
