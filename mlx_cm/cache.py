@@ -1,13 +1,15 @@
 """The cache of converted models: where native folders live, what is there, and who is writing.
 
-    <root>/models/<owner>--<name>/<commit>[-<variant>]/    converted from the Hub
-    <root>/local/<name>-<key>/                             converted from a file or folder of this machine
-    <root>/locks/                                          one empty file per model that was ever converted
+    <root>/models/<owner>--<name>/<commit>[-<variant>][+...]/    converted from the Hub
+    <root>/local/<name>-<key>[-<variant>][+...]/                 converted from a file or folder of this machine
+    <root>/listings/<owner>--<name>/                             which files a commit has, which commit a branch is
+    <root>/locks/                                                one empty file per model that was ever converted
 
 The root is `$MLX_CM_CACHE`, else `$XDG_CACHE_HOME/mlx-cm`, else `~/.cache/mlx-cm`.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -63,11 +65,14 @@ def hub_entry(repo_id: str, revision: str, variant: str | None = None) -> Path:
     return cache_root() / _MODELS / repo_folder(repo_id) / name
 
 
-def local_entry(path: Path) -> Path:
+def local_entry(path: Path, variant: str | None = None) -> Path:
     """Where a file or folder of this machine is converted to.
 
     The name depends on the real path and on the size and time of change of every file that is not hidden, so a
     source that changed is converted again.
+
+    Args:
+        variant: of the weights, such as "fp16".
 
     Raises:
         ModelError: `path` does not exist or a file of it cannot be read.
@@ -84,7 +89,7 @@ def local_entry(path: Path) -> Path:
     facts = [str(source), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
     key = hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:_KEY_LENGTH]
     name = re.sub(r"[^\w.-]+", "_", source.stem if source.is_file() else source.name).strip(".")[:80]
-    return cache_root() / _LOCAL / f"{name or 'model'}-{key}"
+    return cache_root() / _LOCAL / (f"{name or 'model'}-{key}" + (f"-{variant}" if variant else ""))
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -146,14 +151,18 @@ def find(ref: str) -> list[Entry]:
             an entry, or the path of a local model, which means what it was converted to as it is now.
     """
     source, _, revision = ref.partition("@")
-    paths = {Path(ref).expanduser().absolute()}
+    path, local = Path(ref).expanduser().absolute(), None
     with contextlib.suppress(ModelError):
-        paths.add(local_entry(Path(ref).expanduser()))
-    return [
-        entry
-        for entry in entries()
-        if entry.path in paths or (entry.source == source and (entry.revision or entry.path.name).startswith(revision))
-    ]
+        local = local_entry(path)
+
+    def is_meant(entry: Entry) -> bool:
+        if entry.path == path:
+            return True
+        if local and entry.path.parent == local.parent and entry.path.name.startswith(local.name):
+            return True  # the name ends in a hash; behind it stand variants
+        return entry.source == source and (entry.revision or entry.path.name).startswith(revision)
+
+    return [entry for entry in entries() if is_meant(entry)]
 
 
 def remove(entry: Entry) -> int:
@@ -176,8 +185,18 @@ def remove(entry: Entry) -> int:
         if entry.path.exists():
             aside = entry.path.with_name(f".{entry.path.name}.{uuid.uuid4().hex[:8]}.partial")
             entry.path.rename(aside)
-            freed += _delete(aside)
+        freed += remove_leftovers(entry.path)
     return freed + remove_stale()
+
+
+def remove_leftovers(entry: Path) -> int:
+    """Removes what interrupted conversions to `entry` left behind; only for whoever holds its `conversion_lock`.
+
+    Returns:
+        Freed bytes.
+    """
+    pattern = f".{glob.escape(entry.name)}.{'[0-9a-f]' * 8}.partial"
+    return sum(_delete(partial) for partial in entry.parent.glob(pattern))
 
 
 def remove_stale() -> int:

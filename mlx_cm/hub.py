@@ -204,10 +204,20 @@ def _snapshot(listing: Listing) -> Path:
 
 def _cached_commit(ref: HubRef) -> str | None:
     """The commit that a branch or tag meant when it was last downloaded."""
+    return next(filter(None, map(_read_commit, _ref_paths(ref))), None)
+
+
+def _read_commit(path: Path) -> str | None:
     with contextlib.suppress(OSError):
-        text = (_storage(ref.repo_id) / "refs" / (ref.revision or _DEFAULT_REVISION)).read_text().strip()
+        text = path.read_text().strip()
         return text if _COMMIT.fullmatch(text) else None
     return None
+
+
+def _ref_paths(ref: HubRef) -> list[Path]:
+    """Where it is written what a branch means: for every program, and for a model whose download was removed."""
+    folders = (_storage(ref.repo_id), _listing_folder(ref.repo_id))
+    return [folder / "refs" / (ref.revision or _DEFAULT_REVISION) for folder in folders]
 
 
 def _remember(ref: HubRef, listing: Listing) -> None:
@@ -216,10 +226,10 @@ def _remember(ref: HubRef, listing: Listing) -> None:
         if _recall(listing.repo_id, listing.revision) != listing:
             with atomic_file(_listing_path(listing.repo_id, listing.revision)) as partial:
                 write_json(partial, asdict(listing))
-        revision = ref.revision or _DEFAULT_REVISION
-        if listing.revision not in (revision, _cached_commit(ref)):
-            with atomic_file(_storage(ref.repo_id) / "refs" / revision) as partial:
-                partial.write_text(listing.revision)
+        for path in _ref_paths(ref):
+            if listing.revision not in (ref.revision, _read_commit(path)):
+                with atomic_file(path) as partial:
+                    partial.write_text(listing.revision)
 
 
 def _recall(repo_id: str, commit: str) -> Listing | None:
@@ -231,7 +241,11 @@ def _recall(repo_id: str, commit: str) -> Listing | None:
 
 
 def _listing_path(repo_id: str, commit: str) -> Path:
-    return cache_root() / "listings" / repo_folder(repo_id) / f"{commit}.json"
+    return _listing_folder(repo_id) / f"{commit}.json"
+
+
+def _listing_folder(repo_id: str) -> Path:
+    return cache_root() / "listings" / repo_folder(repo_id)
 
 
 def _what_is_there(repo_id: str, commit: str) -> Listing | None:
@@ -249,6 +263,7 @@ def download(
     *,
     choose: Callable[[list[RepoFile]], list[str]],
     progress: Progress | None = None,
+    made: Callable[[Snapshot], bool] | None = None,
 ) -> Snapshot:
     """Brings the needed files of a repository onto the disk, all from one commit.
 
@@ -258,6 +273,7 @@ def download(
     Args:
         choose: names of the wanted files among those of the repository, such as `choose_files` gives.
         progress: is told how far it is, before, during and after each file.
+        made: whether what the files are wanted for is there already; then none is fetched, even if none is left.
 
     Raises:
         NetworkError: the Hub cannot be reached or refuses, or a file does not arrive whole.
@@ -266,7 +282,9 @@ def download(
     """
     listing, unreachable = _list(ref)
     wanted = _wanted(listing, choose)
-    missing = [file for file in wanted if not _is_cached(listing, file)]
+    snapshot = Snapshot(_snapshot(listing), listing.repo_id, listing.revision, tuple(file.name for file in wanted))
+    there = made is not None and made(snapshot)
+    missing = [file for file in wanted if not there and not _is_cached(listing, file)]
     if missing and unreachable:
         raise _incomplete(ref, missing, unreachable)
     if unreachable and not constants.HF_HUB_OFFLINE:
@@ -277,7 +295,7 @@ def download(
             _fetch_all(listing, missing, progress or (lambda done, total, name: None))
     if not unreachable:
         _remember(ref, listing)
-    return Snapshot(_snapshot(listing), listing.repo_id, listing.revision, tuple(file.name for file in wanted))
+    return snapshot
 
 
 def _wanted(listing: Listing, choose: Callable[[list[RepoFile]], list[str]]) -> list[RepoFile]:

@@ -3,17 +3,17 @@
 The one place where foreign checkpoints meet the runtime; `mlx_cm.convert` is imported only where there is one.
 """
 
+import hashlib
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_cm import cache, hub
-from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.errors import ModelError, NetworkError, UsageError
 from mlx_cm.lora import Adapter
 from mlx_cm.model_folder import MODEL_INDEX, WEIGHTS_METADATA, is_native, read_model_index, resolve_dtype, weight_files
 from mlx_cm.presets import preset_of_repository
@@ -48,19 +48,25 @@ def native_folder(
     variant = "fp16" if resolve_dtype(dtype) == mx.float16 else None
     if not path.exists():
         return _from_hub(hub_reference(ref), variant, base, progress)
-    if path.is_dir() and is_native(path):
-        if base is not None:
-            raise UsageError("base", f"{path} is a whole model already")
-        return path
-    options = {"variant": variant, **_base_options(base, dtype, progress)}
-    return _converted(path, _for_base(cache.local_entry(path), base), options, progress)
+    if is_native(path):
+        return _whole(path, base)
+    return _from_path(path, variant, base, progress)
 
 
-def convert_ref(source: str | Path, destination: Path, *, progress: Progress | None = None, **options: Any) -> Any:
+def convert_ref(
+    source: str | Path,
+    destination: Path,
+    *,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Any:
     """Converts a file, a folder or a Hub repository to a native model folder of the user's own.
 
     Args:
-        options: of `mlx_cm.convert.Options`.
+        base: for a source that is no whole model, a folder or Hub id that has the rest; None: what a lone U-Net's card
+            says.
+        options: the others of `mlx_cm.convert.Options`.
 
     Returns:
         The `Report` of `mlx_cm.convert.convert`.
@@ -68,15 +74,23 @@ def convert_ref(source: str | Path, destination: Path, *, progress: Progress | N
     Raises:
         As `mlx_cm.convert.convert` and `mlx_cm.hub.download`.
     """
-    from mlx_cm.convert import Options, convert  # only where something is to be converted
-
     path = Path(source).expanduser()
-    if path.exists():
-        return convert(path, destination, Options(progress=progress, **options))
-    snapshot = _download(hub_reference(source), options.get("variant"), progress)
-    origin = {"source": snapshot.repo_id, "revision": snapshot.revision}
-    preset = options.pop("preset", None) or preset_of_repository(snapshot.repo_id)
-    return convert(snapshot.path, destination, Options(progress=progress, preset=preset, **origin, **options))
+    if not path.exists():
+        snapshot = _download(hub_reference(source), options.get("variant"), progress)
+        path, origin = snapshot.path, _origin(snapshot)
+        options = {**origin, **options, "preset": options.get("preset") or origin["preset"]}
+    return _convert(path, destination, base, progress, **options)
+
+
+def export_ref(source: str | Path, destination: Path, *, overwrite: bool = False) -> Path:
+    """Writes a model, as for `native_folder`, as a folder that diffusers reads.
+
+    Raises:
+        As `native_folder` and `mlx_cm.convert.export`.
+    """
+    from mlx_cm.convert import export  # only where something is to be exported
+
+    return export(native_folder(source), destination, overwrite=overwrite)
 
 
 def plan_ref(source: Path) -> Any:
@@ -93,6 +107,13 @@ def plan_ref(source: Path) -> Any:
     return plan_conversion(source, Options())
 
 
+def adapter_summary(source: Path) -> dict[str, Any] | None:
+    """What a LoRA is, without a model for it; None for anything else. See `mlx_cm.convert.describe_adapter`."""
+    from mlx_cm.convert import describe_adapter  # only where a foreign file is looked at
+
+    return describe_adapter(source)
+
+
 def hub_reference(ref: str | Path) -> hub.HubRef:
     """The Hub repository that a reference which is no path of this machine means.
 
@@ -105,8 +126,12 @@ def hub_reference(ref: str | Path) -> hub.HubRef:
     return hub_ref
 
 
-def component_folder(ref: str | Path, progress: Progress | None = None) -> Path:
-    """The native folder of one component (`unet/`), downloaded and converted where needed.
+def component_folder(ref: str | Path, progress: Progress | None = None, *, part: str | None = None) -> Path:
+    """The native folder of one component, downloaded and converted where needed.
+
+    Args:
+        ref: a component by itself, native or foreign; or a model that has it.
+        part: which component of a model, as "vae"; None: the first.
 
     Raises:
         ModelError: not found, broken, or of an unknown class.
@@ -114,80 +139,181 @@ def component_folder(ref: str | Path, progress: Progress | None = None) -> Path:
     path = Path(ref).expanduser()
     if not path.exists():
         folder = _from_hub(hub_reference(ref), None, None, progress, component=True)
-    elif (path / "config.json").is_file() and is_native_component(path):
-        return path
+    elif is_native(path) or is_native_component(path):
+        folder = path
     else:
-        folder = _converted(path, cache.local_entry(path), {"component": True}, progress)
-    index = read_model_index(folder)
-    return folder / next(name for name in index.components if (folder / name / "config.json").is_file())
+        folder = _from_path(path, None, None, progress, component=True)
+    if not is_native(folder):
+        return folder
+    names = [name for name in read_model_index(folder).components if (folder / name / "config.json").is_file()]
+    if part not in (None, *names):
+        raise ModelError(str(ref), f"has no {part}, only {', '.join(names)}")
+    return folder / (part or names[0])
 
 
-def _download(ref: hub.HubRef, variant: str | None, progress: Progress | None) -> hub.Snapshot:
+def _download(
+    ref: hub.HubRef,
+    variant: str | None,
+    progress: Progress | None,
+    *,
+    parts: Sequence[str] | None = None,
+    made: Callable[[hub.Snapshot], bool] | None = None,
+) -> hub.Snapshot:
+    """A repository's files.
+
+    Args:
+        parts: the folders of a pipeline that are needed; None: all.
+        made: whether what the files are wanted for is there already.
+    """
     from mlx_cm.convert.readers import choose_weight_files  # what is fetched is what is read
 
     def choose(files: Sequence[hub.RepoFile]) -> list[str]:
-        return hub.choose_files(files, variant, choose_weight_files)
+        names = hub.choose_files(files, variant, choose_weight_files)
+        return [name for name in names if parts is None or name.partition("/")[0] in (MODEL_INDEX, *parts)]
 
-    return hub.download(ref, choose=choose, progress=progress)
+    return hub.download(ref, choose=choose, progress=progress, made=made)
 
 
 def _from_hub(
-    ref: hub.HubRef, variant: str | None, base: str | Path | None, progress: Progress | None, **options: Any
+    ref: hub.HubRef,
+    variant: str | None,
+    base: str | Path | None,
+    progress: Progress | None,
+    *,
+    component: bool = False,
 ) -> Path:
-    snapshot = _download(ref, variant, progress)
-    if is_native(snapshot.path):
-        return snapshot.path
-    entry = _for_base(cache.hub_entry(snapshot.repo_id, snapshot.revision, variant), base)
-    if (entry / MODEL_INDEX).is_file():
+    def entry_of(snapshot: hub.Snapshot) -> Path:
+        used = _used_variant(variant, snapshot.files)
+        return _entry(cache.hub_entry(snapshot.repo_id, snapshot.revision, used), base, component)
+
+    snapshot = _download(ref, variant, progress, made=lambda found: _is_made(entry_of(found)))
+    entry = entry_of(snapshot)
+    if not _is_made(entry):  # otherwise the snapshot may be gone
+        if is_native(snapshot.path):
+            return _whole(snapshot.path, base)
+        if component and is_native_component(snapshot.path):
+            return snapshot.path
+    used = _used_variant(variant, snapshot.files)
+    return _converted(snapshot.path, entry, base, progress, variant=used, component=component, **_origin(snapshot))
+
+
+def _from_path(
+    path: Path, variant: str | None, base: str | Path | None, progress: Progress | None, *, component: bool = False
+) -> Path:
+    used = _used_variant(variant, [file.name for file in path.rglob("*")])  # of a file: none
+    entry = _entry(cache.local_entry(path, used), base, component)
+    return _converted(path, entry, base, progress, variant=used, component=component)
+
+
+def _whole(folder: Path, base: str | Path | None) -> Path:
+    if base is not None:
+        raise UsageError("base", f"{folder} is a whole model already")
+    return folder
+
+
+def _origin(snapshot: hub.Snapshot) -> dict[str, Any]:
+    """What is known of a download, as options of a conversion."""
+    preset = preset_of_repository(snapshot.repo_id)
+    return {"source": snapshot.repo_id, "revision": snapshot.revision, "preset": preset}
+
+
+def _used_variant(variant: str | None, names: Sequence[str]) -> str | None:
+    """The variant, where any of the files is of it; so that a model without it is not converted twice."""
+    from mlx_cm.convert.readers import variant_of
+
+    return variant if any(variant_of(PurePosixPath(name).name) == variant for name in names) else None
+
+
+def _entry(entry: Path, base: str | Path | None, component: bool) -> Path:
+    """Where a conversion lies that differs from the usual one of its source by its base, or by being a part."""
+    if component:
+        return entry.with_name(f"{entry.name}+component")
+    if base is None:
         return entry
-    if base is None and not options.get("component"):
-        base = _base_of_card(snapshot.path)
-    options |= {
-        "source": snapshot.repo_id,
-        "revision": snapshot.revision,
-        "preset": preset_of_repository(snapshot.repo_id),
-        "variant": variant,
-        **_base_options(base, "float16" if variant == "fp16" else None, progress),
-    }
-    return _converted(snapshot.path, entry, options, progress)
+    path = Path(base).expanduser()
+    meant = cache.local_entry(path).name if path.exists() else str(base)
+    return entry.with_name(f"{entry.name}+{hashlib.sha256(meant.encode()).hexdigest()[:12]}")
 
 
-def _base_of_card(snapshot: Path) -> str | None:
+def _is_made(entry: Path) -> bool:
+    return (entry / MODEL_INDEX).is_file()
+
+
+def _converted(source: Path, entry: Path, base: str | Path | None, progress: Progress | None, **options: Any) -> Path:
+    """The entry of the cache, made where it is missing, by one process at a time."""
+    if _is_made(entry):
+        return entry
+    with cache.conversion_lock(entry):
+        if not _is_made(entry):
+            cache.remove_leftovers(entry)
+            report = _convert(source, entry, base, progress, overwrite=True, **options)
+            for note in report.notes:
+                log.warning("%s: %s", options.get("source") or source, note)
+    return entry
+
+
+def _convert(
+    source: Path, destination: Path, base: str | Path | None, progress: Progress | None, **options: Any
+) -> Any:
+    """Converts, with those parts of the base that the source lacks.
+
+    Raises:
+        UsageError: there is a base and nothing is missing.
+    """
+    from mlx_cm.convert import MissingParts, Options, convert, plan_conversion  # only where something is foreign
+
+    wanted = Options(progress=progress, **options)
+    missing = None
+    try:
+        plan_conversion(source, wanted)
+    except MissingParts as error:
+        missing = error
+    if missing is None and base is not None:
+        raise UsageError("base", f"{wanted.source or source} is complete without it")
+    if missing is not None:
+        found, name = _find_base(source, base, missing, wanted.variant, progress)
+        wanted = replace(wanted, base=found, base_source=name)
+    return convert(source, destination, wanted)
+
+
+def _find_base(
+    source: Path, base: str | Path | None, missing: Any, variant: str | None, progress: Progress | None
+) -> tuple[Path, str]:
+    """The folder of a base that has what is missing, and what to call it.
+
+    Args:
+        missing: the `MissingParts`, which is raised where there is no base.
+    """
+    card = _base_of_card(source) if base is None else None
+    if base is None and card is None:
+        raise missing
+    path = Path(base or card).expanduser()
+    if base is not None and path.exists():
+        return path, path.name
+    ref = hub_reference(base or card)
+    try:
+        return _download(ref, variant, progress, parts=missing.parts).path, str(ref)
+    except NetworkError as error:
+        if card is None:
+            raise
+        why = f"{error.why}; {missing.what} names it as its base"
+        raise NetworkError(error.what, why, "pass --base with a copy of it that you have access to") from error
+
+
+def _base_of_card(source: Path) -> str | None:
     """The model that a lone U-Net's card names as its base."""
     from mlx_cm.convert import base_model_of_card
 
-    card = snapshot / "README.md"
-    if (snapshot / MODEL_INDEX).is_file() or not (snapshot / "config.json").is_file() or not card.is_file():
+    card = source / "README.md"
+    if (source / MODEL_INDEX).is_file() or not (source / "config.json").is_file() or not card.is_file():
         return None
     return base_model_of_card(card.read_text(encoding="utf-8", errors="replace"))
 
 
-def _base_options(base: str | Path | None, dtype: str | None, progress: Progress | None) -> dict[str, Any]:
-    if base is None:
-        return {}
-    path = Path(base).expanduser()
-    folder = path if path.exists() else native_folder(base, dtype=dtype, progress=progress)
-    return {"base": folder, "base_source": path.name if path.exists() else str(base)}
-
-
-def _for_base(entry: Path, base: str | Path | None) -> Path:
-    """Parts of another base make another model."""
-    return entry if base is None else entry.with_name(f"{entry.name}+{re.sub(r'[^0-9A-Za-z.-]+', '--', str(base))}")
-
-
-def _converted(source: Path, entry: Path, options: dict[str, Any], progress: Progress | None) -> Path:
-    from mlx_cm.convert import Options, convert  # only where something is to be converted
-
-    with cache.conversion_lock(entry):
-        if not (entry / MODEL_INDEX).is_file():
-            report = convert(source, entry, Options(progress=progress, overwrite=True, **options))
-            for note in report.notes:
-                log.warning("%s: %s", source, note)
-    return entry
-
-
 def is_native_component(folder: Path) -> bool:
-    """Whether a component folder holds weights in native layout."""
+    """Whether a folder is a component with weights in native layout."""
+    if not (folder / "config.json").is_file():
+        return False
     first = weight_files(folder)[0]
     return first.is_file() and check_safetensors(first).get("format") == WEIGHTS_METADATA["format"]
 
