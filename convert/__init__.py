@@ -4,10 +4,10 @@
 `conversion` writes it; `exporting` is the way back.
 """
 
-from mlx_cm.convert.adapters import load_adapter
+from mlx_cm.convert.adapters import describe_adapter, load_adapter
 from mlx_cm.convert.conversion import Report, convert, plan_conversion
 from mlx_cm.convert.exporting import export
-from mlx_cm.convert.latent import MissingParts
+from mlx_cm.convert.latent_parts import MissingParts
 from mlx_cm.convert.model_card import base_model_of_card
 from mlx_cm.convert.planning import Options, Plan
 
@@ -18,6 +18,7 @@ __all__ = [
     "Report",
     "base_model_of_card",
     "convert",
+    "describe_adapter",
     "export",
     "load_adapter",
     "plan_conversion",

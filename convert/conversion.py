@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mlx_cm
-from mlx_cm.convert import latent, pixel
+from mlx_cm.convert import latent, latent_file, pixel
 from mlx_cm.convert.families import COMPONENTS
 from mlx_cm.convert.keymaps.ldm_autoencoder import is_ldm_autoencoder
 from mlx_cm.convert.keymaps.openai_unet import is_openai_unet
@@ -72,8 +72,8 @@ PIPELINES: dict[str, Callable[[Path, Mapping[str, Any], Options], Plan]] = {
 }
 # In the order they are tried: OpenAI's outer names are also those of latent diffusion.
 FILE_FAMILIES = (
-    FileFamily(latent.FILE_TITLE, latent.is_ldm_file, latent.plan_ldm_file),
-    FileFamily(latent.AUTOENCODER_TITLE, is_ldm_autoencoder, latent.plan_autoencoder_file),
+    FileFamily(latent_file.TITLE, latent_file.is_ldm_file, latent_file.plan_ldm_file),
+    FileFamily(latent_file.AUTOENCODER_TITLE, is_ldm_autoencoder, latent_file.plan_autoencoder_file),
     FileFamily(pixel.OPENAI_TITLE, is_openai_unet, pixel.plan_openai_file),
 )
 

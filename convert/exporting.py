@@ -10,7 +10,7 @@ from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.convert import latent, pixel
 from mlx_cm.convert.conversion import check_space
 from mlx_cm.convert.keymaps.rules import to_channels_first
-from mlx_cm.convert.latent import TOKENIZERS, tokenizer_files
+from mlx_cm.convert.latent_parts import TOKENIZERS, tokenizer_files
 from mlx_cm.convert.planning import CONFIG
 from mlx_cm.convert.readers import open_checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, discrete_scheduler_config, karras_scheduler_config

@@ -39,7 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from mlx_cm import load
 from mlx_cm.config import config_from_dict
 from mlx_cm.convert import MissingParts, Options, base_model_of_card, convert, plan_conversion
-from mlx_cm.convert.latent import plan_ldm_file
+from mlx_cm.convert.latent_file import plan_ldm_file
 from mlx_cm.convert.readers import Checkpoint
 from mlx_cm.convert.schedulers import DISCRETE_SCHEDULERS, discrete_schedule
 from mlx_cm.errors import ModelError, UsageError
@@ -649,6 +649,12 @@ def test_a_single_file_without_its_autoencoder(single_file, folders, tmp_path):
     state = {name: value for name, value in ldm_state("lcm").items() if not name.startswith("first_stage_model.")}
     convert(single_file(state), tmp_path / "out", Options(base=folders("sd1", "PNDM"), tokenizer=vocabulary_folder()))
     assert_model(tmp_path / "out", "lcm")
+
+
+def test_words_for_a_text_encoder_that_is_not_in_the_file(single_file, folders, tmp_path):
+    state = {name: value for name, value in ldm_state("sdxl").items() if not name.startswith("conditioner.")}
+    convert(single_file(state), tmp_path / "out", Options(base=folders("sdxl", "Euler"), tokenizer=vocabulary_folder()))
+    assert_model(tmp_path / "out", "sdxl")
 
 
 def test_what_training_leaves_in_a_file(single_file, tmp_path):
