@@ -131,7 +131,7 @@ def conv2d(
     kernel = (weight.shape[1:3], stride, padding)
     if not on_gpu() and kernel == ((1, 1), 1, 0):
         return _add_product(bias, x, weight[:, 0, 0])
-    if not on_gpu() and kernel == ((3, 3), 1, 1) and _shifting_pays(x.shape):
+    if not on_gpu() and kernel == ((3, 3), 1, 1) and shifting_pays(x.shape):
         return _conv3x3_shifted(x, weight, bias)
     y = mx.conv2d(x, weight, stride=stride, padding=padding)
     return y if bias is None else y + bias
@@ -147,7 +147,7 @@ def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
         (B, 2H, 2W, out).
     """
     batch, height, width, channels = x.shape
-    if not on_gpu() and _shifting_pays((batch, 2 * height, 2 * width, channels)):
+    if not on_gpu() and shifting_pays((batch, 2 * height, 2 * width, channels)):
         return _upsample_conv3x3_phases(x, weight, bias)
     return conv2d(upsample_nearest(x), weight, bias, padding=1)
 
@@ -159,7 +159,7 @@ def upsample_nearest(x: mx.array) -> mx.array:
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
-def _shifting_pays(shape: tuple[int, ...]) -> bool:
+def shifting_pays(shape: tuple[int, ...]) -> bool:
     """Whether a 3x3 convolution to a map of this height and width is faster on a CPU as a sum of shifted products.
 
     Measured: small maps lose by the reordering of the kernel, few channels by the many passes over the output.
