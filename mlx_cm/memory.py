@@ -126,7 +126,7 @@ def estimate(
 ) -> Estimate:
     """Estimates the memory for generating.
 
-    An autoencoder that overflows in half precision is run again in float32, which this does not count.
+    An autoencoder whose config says that it overflows in float16 is counted in float32, in which it is loaded.
 
     Args:
         parts: name => config of every component: the U-Net, and with a latent one text encoders and autoencoder.
@@ -143,14 +143,14 @@ def estimate(
     Raises:
         UsageError: an unknown dtype, or bits other than 4 and 8.
     """
-    itemsize = resolve_dtype(dtype).size
     if vae == "tiny":
         parts = {
             name: AutoencoderTinyConfig() if isinstance(config, AutoencoderKLConfig) else config
             for name, config in parts.items()
         }
     bits = quantize if isinstance(quantize, Mapping) else dict.fromkeys(parts, quantize)
-    weights = {name: weight_bytes(config, itemsize, bits.get(name)) for name, config in parts.items()}
+    itemsizes = {name: _itemsize(config, resolve_dtype(dtype)) for name, config in parts.items()}
+    weights = {name: weight_bytes(config, itemsizes[name], bits.get(name)) for name, config in parts.items()}
     unit = max((getattr(config, "pixels_per_latent", 1) for config in parts.values()), default=1)
     size = _latent_size(parts.values(), batch, width, height, unit)
     if tiled is None:
@@ -166,11 +166,16 @@ def estimate(
         if not at_work:
             continue
         resident = sum(weights[name] for name in (at_work if low_ram else parts))
-        activations = max(peak_values(parts[name], given) for name in at_work) * itemsize
+        activations = max(peak_values(parts[name], given) * itemsizes[name] for name in at_work)
         if stage == "decode" and tiled:
             activations += 2 * 3 * 4 * size.positions * unit**2  # the picture before and after a tile, in float32
         stages[stage] = round(resident + activations)
     return Estimate(weights, stages)
+
+
+def _itemsize(config: Any, dtype: mx.Dtype) -> int:
+    overflows = dtype == mx.float16 and getattr(config, "force_upcast", False)
+    return mx.float32.size if overflows else dtype.size
 
 
 def _latent_size(configs: Iterable[Any], batch: int, width: int | None, height: int | None, unit: int) -> Map:

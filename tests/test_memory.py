@@ -154,9 +154,20 @@ def test_what_saves_memory_is_seen_to():
     for stage, parts in {"encode text": XL.keys() - {"unet", "vae"}, "denoise": {"unet"}, "decode": {"vae"}}.items():
         released = sum(size for part, size in frugal.weights.items() if part not in parts)
         assert frugal.stages[stage] == usual[stage] - released
-    half = estimate(XL, dtype="float16")
+    half = estimate(XL, dtype="bfloat16")
     assert half.weights["vae"] == estimate(XL, dtype="float32").weights["vae"] / 2
     assert half.stages["denoise"] < 0.51 * usual["denoise"]
+
+
+def test_an_autoencoder_that_overflows_stays_in_float32():
+    assert SD_VAE.force_upcast
+    sturdy = SD | {"vae": dataclasses.replace(SD_VAE, force_upcast=False)}
+    float32, upcast, half = (
+        estimate(parts, dtype=dtype, low_ram=True)
+        for parts, dtype in ((SD, "float32"), (SD, "float16"), (sturdy, "float16"))
+    )
+    assert upcast.stages["decode"] == float32.stages["decode"] == pytest.approx(2 * half.stages["decode"], rel=1e-9)
+    assert upcast.stages["denoise"] == half.stages["denoise"]
 
 
 def test_tiles_bound_the_decoder():
