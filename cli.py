@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from mlx_cm.errors import MlxCmError, ModelError, UsageError
 INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_STEM = "image"
 FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
+PROMPT_EXAMPLE = 'mlx-cm generate "a lighthouse at dusk"'
 
 # Options of `generate` that go to `load`, and those that go to the pipeline; a recipe carries them under these names.
 LOAD_OPTIONS = ("dtype", "quantize", "lora", "lora_partial", "vae", "base")
@@ -31,7 +33,26 @@ SETTINGS = (
     *("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "eta", "original_steps", "guidance_scale"),
     *("width", "height", "seed", "count", "image", "strength", "mask", "prompt_weights", "rng"),
 )
-PICTURES = ("image", "mask")  # settings that are given as the path of a picture
+PICTURES = ("image", "mask")  # settings that are given as the path of a picture; a recipe has only digests of them
+
+# What a recipe, which anyone can edit, may hold under the names of settings: one value, or several where that is said.
+RECIPE_TYPES = {
+    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "rng", "dtype", "model_ref"), str),
+    **dict.fromkeys(("label", "seed", "steps", "original_steps", "width", "height", "quantize", "frames"), int),
+    **dict.fromkeys(("times", "eta", "guidance_scale", "strength"), float),
+    **dict.fromkeys(("prompt_weights", "lora_partial", "grid"), bool),
+    **dict.fromkeys(("lora", "vae"), dict),
+}
+RECIPE_LISTS = {"prompt", "label", "seed", "times", "lora"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+# Options that take the place of others in a recipe, where they decide the same.
+DISPLACED = {
+    "steps": ("times",),
+    "times": ("steps",),
+    "original_steps": ("times",),
+    "strength": ("times",),
+    "sampler": ("eta",),
+}
 
 
 def main() -> None:
@@ -39,7 +60,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     debug = "--debug" in sys.argv
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="mlx-cm", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
@@ -150,7 +171,7 @@ def cli() -> None:
 @click.argument("prompt", required=False)
 @MODEL_OPTIONS
 @SAMPLING_OPTIONS
-@click.option("--prompt-file", metavar="FILE", type=click.File(encoding="utf-8"), help="A prompt in each line.")
+@click.option("--prompt-file", metavar="FILE|-", help="A prompt in each line.")
 @click.option("--label", "labels", type=Integers(), help="Class of each picture; by default drawn from its seed.")
 @click.option("--seed", type=Integers(), default="0", show_default=True, help="One picture for each, or --count.")
 @click.option("--count", type=int, default=1, show_default=True, help="Pictures per seed s: seeds s, s+1, ...")
@@ -177,13 +198,16 @@ def generate(quiet: bool, **options: Any) -> None:
 
     recipe = _read_recipe(options["source_recipe"])
     settings, loading = _settings(options, recipe)
+    _check_pictures(settings, recipe)
     grid = options["grid"] or bool(recipe.get("grid"))
     model = _model_ref(options["model"], recipe)
     target = _target(options)
 
-    with _progress("loading", quiet, unit="B") as report:
-        pipeline = mlx_cm.load(model, progress=report, **loading)
+    size = {"batch": options["batch"], "low_ram": options["low_ram"], "max_memory": options["max_memory"]}
+    pipeline = _load(model, loading, settings, quiet, **size)
     _check_model(pipeline, recipe, explicit=options["model"] is not None)
+    if hasattr(pipeline, "text_encoders") and "prompt" not in settings:
+        raise UsageError("prompt", "no prompt given; an empty one is valid, but has to be said", PROMPT_EXAMPLE)
     request = pipeline.resolve(**settings)
     total = len(request.seeds)
     if target is None and total > 1 and not grid:
@@ -191,13 +215,13 @@ def generate(quiet: bool, **options: Any) -> None:
 
     made, started = [], time.perf_counter()
     with _progress("generating", quiet, unit="step") as report:
-        on_step = _on_step(report, request, options["batch"], options["preview"], pipeline.preview)
+        on_step = _on_step(report, request, pipeline.preview, options)
         results = pipeline.iterate(request, callback=on_step, batch_size=options["batch"], low_ram=options["low_ram"])
         if grid:
             sheet = images.contact_sheet([image for _, image in results])
             results = iter([(request, sheet)])
-        for single, image in results:
-            path = target if grid else _named(target, request, single)
+        for suffix, (single, image) in zip(_suffixes(request), results, strict=False):
+            path = target if grid or total == 1 else target.with_name(f"{target.stem}{suffix}{target.suffix}")
             described = pipeline.recipe(single) | ({"grid": True} if grid else {})
             made.append(_save(image, path, described, options))
     _report(model, made, time.perf_counter() - started, options)
@@ -208,19 +232,22 @@ def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str
     context = click.get_current_context()
 
     def given(name: str) -> bool:
-        return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        return context.get_parameter_source(name) not in (None, click.core.ParameterSource.DEFAULT)
 
-    said = {name: recipe[name] for name in (*SETTINGS, *LOAD_OPTIONS) if recipe.get(name) is not None}
+    names = (*SETTINGS, *LOAD_OPTIONS)
+    said = {name: recipe[name] for name in names if name not in PICTURES and recipe.get(name) is not None}
     if recipe.get("label") is not None:
         said["labels"] = recipe["label"]
-    if given("steps") or given("times"):  # one of the two decides; the recipe holds both
-        said.pop("steps", None)
-        said.pop("times", None)
-    if given("seed") or given("count"):
-        said.pop("seed", None)
+    displaced = [name for option, others in DISPLACED.items() if given(option) for name in others]
+    if given("image") and recipe.get("image_sha256") is None:  # a picture made from noise now starts from another
+        displaced.append("times")
+    for name in displaced:
+        said.pop(name, None)
     if "lora" in said and not given("lora"):
-        said["lora"] = [_recorded_adapter(entry) for entry in said["lora"]]
-    for name in (*SETTINGS, *LOAD_OPTIONS):
+        said["lora"] = [(_recorded(entry, "lora", "adapter"), entry["scale"]) for entry in said["lora"]]
+    if "vae" in said and not given("vae"):
+        said["vae"] = _recorded(said["vae"], "vae", "autoencoder")
+    for name in (name for name in names if name in options):
         if given(name) or (name not in said and options[name] not in (None, False)):
             said[name] = options[name]
     if given("prompt") or given("prompt_file"):
@@ -233,23 +260,39 @@ def _settings(options: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str
     return tuple({name: said[name] for name in names if name in said} for names in (SETTINGS, LOAD_OPTIONS))
 
 
-def _prompts(prompt: str | None, file: Any) -> str | list[str]:
-    if file is not None:
-        if prompt is not None:
-            raise UsageError("--prompt-file", "a prompt was given as well; leave one of the two out")
-        lines = [line for line in file.read().splitlines() if line.strip()]
-        if not lines:
-            raise UsageError("--prompt-file", "holds no prompt")
-        return lines
-    return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+def _prompts(prompt: str | None, file: str | None) -> str | list[str]:
+    if file is None:
+        return _read_text("-").rstrip("\r\n") if prompt == "-" else prompt
+    if prompt is not None:
+        raise UsageError("--prompt-file", "a prompt was given as well; leave one of the two out")
+    lines = [line for line in _read_text(file).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("--prompt-file", "holds no prompt")
+    twice = next((line for line in lines if lines.count(line) > 1), None)
+    if twice is not None:
+        raise UsageError("--prompt-file", f"holds {twice!r} twice, which would make the same pictures twice")
+    return lines
 
 
-def _recorded_adapter(entry: dict[str, Any]) -> tuple[str, float]:
+def _read_text(path: str) -> str:
+    """The text of a file, or of standard input where its name is a dash."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ModelError(path, f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise ModelError(name, f"is not UTF-8 text, at byte {error.start}") from None
+
+
+def _recorded(entry: dict[str, Any], option: str, what: str) -> str:
+    """The reference of a part that a recipe names; a local one has to be given again."""
     if entry.get("ref") is None:
-        raise UsageError(
-            "--from", f"the picture was made with a local adapter, {entry.get('name')!r}", "--lora PATH@SCALE"
-        )
-    return entry["ref"], entry["scale"]
+        scale = f"@{entry['scale']:g}" if "scale" in entry else ""
+        why = f"the picture was made with a local {what}, {entry.get('name')!r}; say where it is"
+        raise UsageError("--from", why, f"--{option} PATH{scale}")
+    return entry["ref"]
 
 
 def _read_recipe(path: Path | None) -> dict[str, Any]:
@@ -260,7 +303,20 @@ def _read_recipe(path: Path | None) -> dict[str, Any]:
     recipe = read_recipe(path)
     if recipe.get("task") != "generate":
         raise ModelError(str(path), f"its recipe is for {recipe.get('task')!r}, not for generate")
+    for name, kind in RECIPE_TYPES.items():
+        value = recipe.get(name)
+        several = isinstance(value, list) and name in RECIPE_LISTS
+        if value is not None and not all(_is_a(kind, one) for one in (value if several else [value])):
+            raise ModelError(str(path), f"its recipe says {name} is {value!r:.60}, expected {TYPE_NAMES[kind]}")
+    for part in [*(recipe.get("lora") or []), recipe.get("vae") or {}]:
+        if not isinstance(part.get("ref"), str | None) or not _is_a(float, part.get("scale", 1.0)):
+            raise ModelError(str(path), f"its recipe names a part as {part!r:.60}, expected ref, name and scale")
     return recipe
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value of JSON is of a type; a whole number is a number, and true is none."""
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _model_ref(model: str | None, recipe: dict[str, Any]) -> str:
@@ -277,15 +333,76 @@ def _model_ref(model: str | None, recipe: dict[str, Any]) -> str:
     raise UsageError("model", "none given, and none is bundled", f"mlx-cm generate -m {FIRST_MODEL} --label 207")
 
 
+def _load(
+    model: str,
+    loading: dict[str, Any],
+    settings: dict[str, Any],
+    quiet: bool,
+    *,
+    batch: int = 1,
+    low_ram: bool = False,
+    max_memory: float | None = None,
+) -> Any:
+    """The pipeline; its weights are read once it is known that the work fits into memory."""
+    from mlx_cm.loading import check_memory
+    from mlx_cm.sources import native_folder
+
+    parts = {name: value for name, value in loading.items() if name != "base"}
+    with _progress("loading", quiet, unit="B") as report:
+        folder = native_folder(model, dtype=loading.get("dtype"), base=loading.get("base"), progress=report)
+        image = settings.get("image")
+        asked = {"width": settings.get("width"), "height": settings.get("height")}
+        check_memory(
+            folder,
+            **{name: value for name, value in parts.items() if name in ("dtype", "quantize", "vae")},
+            **(asked if image is None else {side: asked[side] or getattr(image, side) for side in asked}),
+            guidance_scale=settings.get("guidance_scale"),
+            batch=min(batch, _count_of_pictures(settings)),
+            low_ram=low_ram,
+            max_memory=max_memory,
+            progress=report,
+        )
+        return mlx_cm.load(folder, progress=report, **parts)
+
+
+def _count_of_pictures(settings: dict[str, Any]) -> int:
+    prompts, seeds = (settings.get(name) for name in ("prompt", "seed"))
+    several = [len(one) for one in (prompts, seeds) if isinstance(one, list)]
+    return max(math.prod(several) * settings.get("count", 1), 1)
+
+
 def _check_model(pipeline: Any, recipe: dict[str, Any], explicit: bool) -> None:
     """A picture is made again only by the weights that made it."""
-    made_with, loaded = recipe.get("model_sha256"), pipeline.weights_sha256
-    if not recipe or made_with == loaded:
+    if not recipe:
         return
-    why = f"the picture was made with weights {str(made_with)[:10]}, this model has {str(loaded)[:10]}"
-    if not explicit:
-        raise ModelError("--from", why, "name the model with -m to use it all the same")
-    logging.getLogger("mlx_cm").warning("--from: %s: the result will differ", why)
+    log = logging.getLogger("mlx_cm")
+    made_with, loaded = recipe.get("model_sha256"), pipeline.weights_sha256
+    if made_with != loaded:
+        why = f"the picture was made with weights {str(made_with)[:10]}, this model has {str(loaded)[:10]}"
+        if not explicit:
+            raise ModelError("--from", why, "name the model with -m to use it all the same")
+        log.warning("--from: %s: the result will differ", why)
+    adapters = [
+        [(one.get("sha256"), one.get("scale")) for one in said.get("lora") or []]
+        for said in (recipe, pipeline.provenance)
+    ]
+    if adapters[0] != adapters[1]:
+        log.warning("--from: the picture was made with other adapters, or other scales: the result will differ")
+
+
+def _check_pictures(settings: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """A picture that was made from others is made again only from the same ones."""
+    from mlx_cm.images import picture_digest
+
+    for name in PICTURES:
+        digest = recipe.get(f"{name}_sha256")
+        if digest is None:
+            continue
+        if settings.get(name) is None:
+            why = f"the picture was made with another as {name}, which it does not hold; say where it is"
+            raise UsageError("--from", why, f"--{name} PATH")
+        if picture_digest(settings[name]) != digest:
+            logging.getLogger("mlx_cm").warning("--from: --%s is another picture: the result will differ", name)
 
 
 def _target(options: dict[str, Any]) -> Path | None:
@@ -304,13 +421,15 @@ def _target(options: dict[str, Any]) -> Path | None:
     return path
 
 
-def _named(target: Path | None, whole: Any, single: Any) -> Path | None:
-    """The file of one picture of several: by number of its prompt, where there are more, and by seed."""
-    if target is None or len(whole.seeds) == 1:
-        return target
-    prompts = list(dict.fromkeys(getattr(whole, "prompts", ())))
-    number = f"_p{prompts.index(single.prompts[0]) + 1}" if len(prompts) > 1 else ""
-    return target.with_name(f"{target.stem}{number}_s{single.seeds[0]}{target.suffix}")
+def _suffixes(request: Any) -> list[str]:
+    """What tells the names of a request's pictures apart: number of the prompt, where there are more, and seed."""
+    prompts = getattr(request, "prompts", None) or ("",) * len(request.seeds)
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts), start=1)}
+    several = len(numbers) > 1
+    return [
+        f"_p{numbers[prompt]}_s{seed}" if several else f"_s{seed}"
+        for prompt, seed in zip(prompts, request.seeds, strict=True)
+    ]
 
 
 def _save(image: Any, path: Path | None, recipe: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -338,24 +457,25 @@ def _report(model: str, made: list[dict[str, Any]], seconds: float, options: dic
 
 
 def _on_step(
-    report: Callable[[int, int, str], None], request: Any, batch: int, preview: Path | None, show: Callable
+    report: Callable[[int, int, str], None], request: Any, show: Callable, options: dict[str, Any]
 ) -> Callable[[Any], None]:
     """Shows how far the work is, and writes previews."""
     from mlx_cm import images
 
-    total = len(request.seeds) * len(request.times)
-    seeds = list(request.seeds)
+    folder, total = options["preview"], len(request.seeds) * len(request.times)
+    suffixes = _suffixes(request)
     done = 0
 
     def on_step(step: Any) -> None:
         nonlocal done
         done += step.x.shape[0]
         report(done, total, "generating")
-        if preview is not None:
-            for seed, image in zip(seeds, show(step.x), strict=False):
-                images.save_image(image, preview / f"{DEFAULT_STEM}_s{seed}_step{step.index + 1}.png")
+        if folder is not None:
+            for suffix, image in zip(suffixes, show(step.x), strict=False):
+                path = folder / f"{DEFAULT_STEM}{suffix}_step{step.index + 1}.png"
+                images.save_image(image, path, overwrite=options["overwrite"])
         if step.index + 1 == step.total:
-            del seeds[:batch]
+            del suffixes[: step.x.shape[0]]
 
     return on_step
 
@@ -496,12 +616,11 @@ def interpolate(first: str, last: str, seed: list[int], frames: int, path: str, 
 
     if len(seed) > 2:
         raise UsageError("--seed", f"expected one seed or two, got {len(seed)}")
-    settings, loading = _settings({**dict.fromkeys((*SETTINGS, *LOAD_OPTIONS)), **options}, {})
+    settings, loading = _settings(options, {})
     model, target = _model_ref(options["model"], {}), _target(options)
     if target is None and not options["grid"]:
         raise UsageError("--output -", "stdout takes one picture", "--grid")
-    with _progress("loading", quiet, unit="B") as report:
-        pipeline = mlx_cm.load(model, progress=report, **loading)
+    pipeline = _load(model, loading, settings, quiet)
     if not hasattr(pipeline, "interpolate"):
         raise UsageError("interpolate", "this model has no text encoder to lead from one prompt to another")
     ends = {"prompts": (first, last), "seeds": (seed[0], seed[-1])}
@@ -509,15 +628,17 @@ def interpolate(first: str, last: str, seed: list[int], frames: int, path: str, 
     described = pipeline.recipe(pipeline.resolve(first, seed=seed[0], **settings))
     described |= {"task": "interpolate", "prompt": [first, last], "seed": [seed[0], seed[-1]], "path": path}
     with _progress("generating", quiet, unit="picture") as report:
-        pictures = pipeline.interpolate(**ends, frames=frames, path=path, **settings)
+        pictures = []
+        for number, picture in enumerate(pipeline.interpolate(**ends, frames=frames, path=path, **settings), start=1):
+            report(number, frames, "generating")
+            if options["grid"]:
+                pictures.append(picture)
+                continue
+            name = target.with_name(f"{target.stem}_f{number:03}{target.suffix}")
+            made.append(_save(picture, name, {**described, "frames": frames, "frame": number}, options))
         if options["grid"]:
-            sheet = images.contact_sheet(list(pictures), columns=frames)
+            sheet = images.contact_sheet(pictures, columns=frames)
             made.append(_save(sheet, target, {**described, "frames": frames, "grid": True}, options))
-        else:
-            for number, picture in enumerate(pictures, start=1):
-                report(number, frames, "generating")
-                name = target.with_name(f"{target.stem}_f{number:03}{target.suffix}")
-                made.append(_save(picture, name, {**described, "frames": frames, "frame": number}, options))
     _report(model, made, time.perf_counter() - started, options)
 
 

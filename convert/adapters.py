@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -137,6 +138,40 @@ def load_adapter(path: Path, modules: names.Modules, *, name: str | None = None,
     return Adapter(name, layers, metadata, sampler_hint(metadata), digest)
 
 
+def describe_adapter(path: Path) -> dict[str, Any] | None:
+    """What a LoRA is, without a model to match it with; None for a file or folder that is no adapter.
+
+    Returns:
+        JSON values: number of modules, their ranks, spelling, base and sampler where the file tells them, sizes.
+
+    Raises:
+        ModelError: an adapter of another kind.
+    """
+    path = Path(path)
+    try:
+        sources = _open(path, {component: {} for component in names.KOHYA_PREFIXES})
+    except (ModelError, OSError):
+        return None  # whatever it is, it is not for this function to say what is wrong with it
+    tensors = [tensor for source in sources for tensor in source.checkpoint.tensors.values()]
+    if not names.is_adapter(tensor.name for tensor in tensors):
+        return None
+    matching = Matching()
+    modules = [item for source in sources for item in _grouped(source, matching).items()]
+    widths = {width for spelling, parts in modules if (width := _text_width(spelling, parts))}
+    metadata = {key: text for source in sources for key, text in source.checkpoint.metadata.items()}
+    return {
+        "modules": len(modules),
+        "ranks": sorted({parts["down"].shape[0] for _, parts in modules if "down" in parts and parts["down"].shape}),
+        "spelling": matching.dialects.most_common(1)[0][0],
+        "base": names.base_of(widths) or next((metadata[key] for key in BASE_NOTES if metadata.get(key)), None),
+        "sampler": sampler_hint(metadata),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "dtypes": sorted({tensor.dtype for tensor in tensors}),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "metadata": metadata,
+    }
+
+
 def sampler_hint(metadata: Mapping[str, str]) -> str | None:
     """The sampler that a file's metadata name, "lcm" or "tcd"; None where they name none, or both."""
     for keys in ((SAMPLER_KEY,), SAMPLER_NOTES):
@@ -249,9 +284,16 @@ def _match(sources: Iterable[Source], modules: names.Modules) -> Matching:
                 raise ModelError(str(source.path), f"has {'.'.join(meant)} twice, as {other} and as {spelling}")
             else:
                 matching.found[meant] = (spelling, parts, source)
-            if "down" in parts and len(parts["down"].shape) > 1 and names.TEXT_KEYS.search(spelling):
-                matching.text_widths.add(parts["down"].shape[1])
+            width = _text_width(spelling, parts)
+            if width:
+                matching.text_widths.add(width)
     return matching
+
+
+def _text_width(spelling: str, parts: Parts) -> int | None:
+    """Width of the text states that a module takes, where it takes any."""
+    takes_text = "down" in parts and len(parts["down"].shape) > 1 and names.TEXT_KEYS.search(spelling)
+    return parts["down"].shape[1] if takes_text else None
 
 
 def _grouped(source: Source, matching: Matching) -> dict[str, Parts]:

@@ -1,5 +1,6 @@
 """Between arrays and pictures: (B, H, W, C) in [-1, 1] on one side, Pillow images and files on the other."""
 
+import hashlib
 import io
 import itertools
 import math
@@ -133,6 +134,12 @@ def from_pil(image: Image.Image, *, size: tuple[int, int] | None = None) -> mx.a
     if size is not None and image.size != tuple(size):
         image = image.resize(size, Image.Resampling.LANCZOS)
     return mx.array(np.asarray(image, dtype=np.float32)[None] / 127.5 - 1)
+
+
+def picture_digest(image: Image.Image) -> str:
+    """SHA-256 of what `from_pil` makes of a picture, by which it is known again in another file or format."""
+    pixels = _to_rgb(ImageOps.exif_transpose(image))
+    return hashlib.sha256(f"{pixels.width}x{pixels.height} ".encode() + pixels.tobytes()).hexdigest()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,29 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from mlx_cm import hub, metadata
-from mlx_cm.backend import default_dtype
 from mlx_cm.config import config_to_dict
 from mlx_cm.errors import ModelError
 from mlx_cm.images import FORMATS
+from mlx_cm.memory import estimate
 from mlx_cm.model_folder import (
-    SAFETENSORS_NAMES,
+    MODELS,
     build_model,
     is_native,
+    new_model,
+    parameter_shapes,
     read_model_index,
+    stored_quantization,
     stored_tensors,
 )
-from mlx_cm.models.unet2d import UNet2DConfig
-from mlx_cm.sources import hub_reference, plan_ref
+from mlx_cm.sources import adapter_summary, hub_reference, plan_ref
 from mlx_cm.storage import NUMPY_DTYPES
 
 PICTURES = {extension for kind in FORMATS.values() for extension in kind.extensions}
 
 
 def describe(ref: str | Path) -> dict[str, Any]:
-    """Describes a native model, a foreign checkpoint, a Hub repository or a picture made by this program.
+    """Describes a native model, a foreign checkpoint, an adapter, a Hub repository or a picture made by this program.
 
     Returns:
-        JSON values, headed by `kind`: "model", "checkpoint", "repository" or "picture".
+        JSON values, headed by `kind`: "model", "checkpoint", "adapter", "repository" or "picture".
 
     Raises:
         ModelError: not found, or broken. NetworkError: the Hub cannot be reached or refuses.
@@ -40,6 +42,9 @@ def describe(ref: str | Path) -> dict[str, Any]:
         return _describe_picture(path)
     if path.is_dir() and is_native(path):
         return _describe_model(path)
+    adapter = adapter_summary(path)
+    if adapter is not None:
+        return {"kind": "adapter", "name": path.resolve().name, **adapter}
     return _describe_checkpoint(path)
 
 
@@ -81,26 +86,27 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "pipeline": plan.pipeline,
         "sampler": plan.sampler,
         "components": components,
-        "memory_bytes": sum(component["memory_bytes"] for component in components.values()),
+        "memory_bytes": estimate({part: component.config for part, component in plan.components.items()}).peak,
         "notes": list(plan.notes),
     }
 
 
 def _describe_model(folder: Path) -> dict[str, Any]:
     index = read_model_index(folder)
-    components = {}
-    for part, kind in index.components.items():
-        if not (folder / part / "config.json").is_file():
-            continue
-        model = build_model(folder / part)
-        components[part] = describe_component(kind, model.config, stored_tensors(folder / part))
+    parts = {part: kind for part, kind in index.components.items() if kind in MODELS}
+    configs = {part: build_model(folder / part).config for part in parts}
+    components = {
+        part: describe_component(kind, configs[part], stored_tensors(folder / part)) for part, kind in parts.items()
+    }
+    quantized = {part: stored_quantization(folder / part) for part in parts}
     return {
         "kind": "model",
         "name": folder.resolve().name,
         "pipeline": index.pipeline,
         "sampler": index.sampler,
         "components": components,
-        "memory_bytes": sum(component["memory_bytes"] for component in components.values()),
+        "memory_bytes": estimate(configs).peak,
+        "bits": {part: stored.bits for part, stored in quantized.items() if stored is not None},
         "provenance": index.provenance,
         "weights": index.weights,
     }
@@ -113,36 +119,16 @@ def describe_component(kind: str, config: Any, tensors: dict[str, tuple[str, tup
         tensors: name => (safetensors dtype, shape).
     """
     sizes = {name: math.prod(shape) for name, (_, shape) in tensors.items()}
-    parameters = sum(sizes.values())
-    computed = NUMPY_DTYPES[SAFETENSORS_NAMES[default_dtype()]].itemsize
-    activations = ACTIVATIONS[type(config)](config) if type(config) in ACTIVATIONS else 0
+    shapes = parameter_shapes(new_model(config, kind))  # those of the tensors, but for quantised ones, which are packed
     return {
         "class": kind,
-        "parameters": parameters,
+        "parameters": sum(map(math.prod, shapes.values())),
         "tensors": len(tensors),
         "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
         "bytes": sum(sizes[name] * NUMPY_DTYPES[dtype].itemsize for name, (dtype, _) in tensors.items()),
-        "memory_bytes": (parameters + activations) * computed,
         "config": config_to_dict(config),
         "shapes": {name: list(shape) for name, (_, shape) in tensors.items()},
     }
-
-
-def unet_activations(config: UNet2DConfig) -> int:
-    """Numbers alive at once for one image: the states kept for the way up, and ten maps of the widest level in work.
-
-    A CPU also unfolds each 3x3 kernel's input to nine times its size, which ten maps cover.
-    """
-    side = config.sample_size
-    kept, largest = 0, 0
-    for width in config.block_out_channels:
-        kept += side * side * width * (config.layers_per_block + 1)
-        largest = max(largest, side * side * width)
-        side //= 2
-    return kept + 10 * largest
-
-
-ACTIVATIONS = {UNet2DConfig: unet_activations}
 
 
 def report_lines(description: dict[str, Any]) -> Iterator[str]:
@@ -168,11 +154,22 @@ def _repository_lines(description: dict[str, Any]) -> Iterator[str]:
         yield f"  {file['name']}  {size}"
 
 
+def _adapter_lines(description: dict[str, Any]) -> Iterator[str]:
+    ranks = ", ".join(map(str, description["ranks"]))
+    size = f"{', '.join(description['dtypes'])}, {description['bytes'] / 1e6:,.1f} MB"
+    yield f"adapter {description['name']}: LoRA"
+    yield f"  {description['modules']} modules in {description['spelling']} spelling, rank {ranks}, {size}"
+    yield f"  base: {description['base'] or 'not said'}"
+    yield f"  sampler: {description['sampler'] or 'not said'}"
+
+
 def _model_lines(description: dict[str, Any]) -> Iterator[str]:
     yield f"{description['kind']} {description['name']}: {description['pipeline']}"
     for part, component in description["components"].items():
         size = f"{component['parameters']:,} parameters in {component['tensors']} tensors"
         stored = f"{', '.join(component['dtypes'])}, {component['bytes'] / 1e6:,.1f} MB"
+        bits = description.get("bits", {}).get(part)
+        size += f" of {bits} bits where linear" if bits else ""
         yield f"  {part}: {component['class']}, {size}, {stored}"
     yield f"  memory to generate, estimated: {description['memory_bytes'] / 1e9:.2f} GB"
     for key, value in description["sampler"].items():
@@ -188,6 +185,7 @@ def _model_lines(description: dict[str, Any]) -> Iterator[str]:
 
 
 REPORTS = {
+    "adapter": _adapter_lines,
     "picture": _picture_lines,
     "repository": _repository_lines,
     "checkpoint": _model_lines,

@@ -11,8 +11,10 @@ import mlx.nn as nn
 from mlx_cm.config import config_from_dict
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.lora import Adapter, adaptable_modules, fuse_adapters, parse_lora_ref
+from mlx_cm.memory import Estimate, check_budget, estimate
 from mlx_cm.model_folder import (
     MODEL_INDEX,
+    MODELS,
     ModelIndex,
     build_model,
     load_model,
@@ -20,6 +22,7 @@ from mlx_cm.model_folder import (
     read_schedule,
     resolve_dtype,
 )
+from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
 from mlx_cm.pipelines.latent import LatentConsistencyPipeline, LatentSettings
 from mlx_cm.pipelines.pixel import ConsistencyModelPipeline, PixelSettings
 from mlx_cm.quantization import in_device_form, quantize_model
@@ -29,6 +32,7 @@ from mlx_cm.tokenizer import CLIPTokenizer
 Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+VAES = ("full", "tiny")  # what is not the reference of an autoencoder
 # By the added embedding of the U-Net, which tells SDXL's latents from the others.
 TINY_AUTOENCODERS = {None: "madebyollin/taesd", "text_time": "madebyollin/taesdxl"}
 
@@ -40,6 +44,7 @@ class LoadOptions:
     dtype: str | None
     quantize: int | None
     lora: tuple[tuple[str, float], ...]  # (reference, scale)
+    lora_partial: bool
     vae: str  # "full", "tiny" or a reference
     progress: Progress | None
 
@@ -50,6 +55,7 @@ def load(
     quantize: int | None = None,
     lora: Sequence[str | tuple[str, float]] = (),
     *,
+    lora_partial: bool = False,
     vae: str = "full",
     base: str | Path | None = None,
     progress: Progress | None = None,
@@ -63,6 +69,7 @@ def load(
         dtype: "float32", "float16" or "bfloat16" to compute in; None: float16 on a GPU, float32 on a CPU.
         quantize: 4 or 8 bits per weight of the linear layers.
         lora: adapters to apply, each "REF", "REF@SCALE" or (ref, scale).
+        lora_partial: leave out what of an adapter the model has no modules for; otherwise that is an error.
         vae: "full", the model's own autoencoder; "tiny"; or the reference of another one.
         base: for a lone U-Net, the model that its other parts come from; None: what its model card says.
         progress: told of downloads and conversions.
@@ -77,8 +84,51 @@ def load(
     index = read_model_index(folder)
     if index.pipeline not in PIPELINES:
         raise ModelError(str(folder / MODEL_INDEX), f"{index.pipeline!r} is unknown, expected one of {list(PIPELINES)}")
-    options = LoadOptions(dtype, quantize, parse_adapters(lora), vae, progress)
+    options = LoadOptions(dtype, quantize, parse_adapters(lora), lora_partial, vae, progress)
     return PIPELINES[index.pipeline](folder, index, options)
+
+
+def check_memory(
+    ref: str | Path,
+    *,
+    max_memory: float | None = None,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    vae: str = "full",
+    base: str | Path | None = None,
+    guidance_scale: float | None = None,
+    progress: Progress | None = None,
+    **size: Any,
+) -> Estimate:
+    """Refuses what will not fit, before weights are loaded.
+
+    Args:
+        ref, dtype, quantize, vae, base, progress: as for `load`.
+        max_memory: allowed, in GB; None: what the device has, where that is known.
+        guidance_scale: None: the model's default.
+        size: of `mlx_cm.memory.estimate`: width, height, batch, low_ram.
+
+    Raises:
+        MemoryBudgetError: naming what each stage needs. Others as for `load`.
+    """
+    folder = native_folder(ref, dtype=dtype, base=base, progress=progress)
+    index = read_model_index(folder)
+    kinds = {part: folder / part for part, kind in index.components.items() if kind in MODELS}
+    if vae not in VAES and "vae" in kinds:
+        kinds["vae"] = component_folder(vae, progress)
+    parts = {part: build_model(path).config for part, path in kinds.items()}
+    size["guidance_batch"] = 2 if _is_guided(index, parts.get("unet"), guidance_scale) else 1
+    needed = estimate(parts, dtype=dtype, quantize=quantize, vae="tiny" if vae == "tiny" else "full", **size)
+    check_budget(needed, max_memory)
+    return needed
+
+
+def _is_guided(index: ModelIndex, unet: Any, guidance_scale: float | None) -> bool:
+    """Whether each step calls the network with and without the prompt."""
+    if not isinstance(unet, UNet2DConditionConfig) or unet.time_cond_proj_dim is not None:
+        return False
+    default = config_from_dict(LatentSettings, index.sampler, MODEL_INDEX).guidance_scale
+    return (default if guidance_scale is None else guidance_scale) > 1
 
 
 def load_component(folder: str | Path, dtype: str | None = None) -> nn.Module:
@@ -133,7 +183,10 @@ def _load_latent(folder: Path, index: ModelIndex, options: LoadOptions) -> Laten
     encoders = [name for name in TEXT_ENCODERS if name in index.components]
     models = {name: load_model(folder / name, options.dtype) for name in ("unet", *encoders)}
     modules = {name: adaptable_modules(model) for name, model in models.items()}
-    adapters = [(open_adapter(ref, modules, options.progress), scale) for ref, scale in options.lora]
+    adapters = [
+        (open_adapter(ref, modules, options.progress, partial=options.lora_partial), scale)
+        for ref, scale in options.lora
+    ]
     fuse_adapters(models, adapters)
     if options.quantize is not None:
         for model in models.values():
@@ -145,7 +198,10 @@ def _load_latent(folder: Path, index: ModelIndex, options: LoadOptions) -> Laten
             raise ModelError(str(folder / name), f"knows {known} tokens, its tokenizer has {tokenizer.vocab_size}")
     provenance = index.provenance | {"weights": index.weights, "quantize": options.quantize}
     if adapters:
-        provenance["lora"] = adapter_provenance(adapters)
+        provenance |= {"lora": adapter_provenance(adapters), "lora_partial": options.lora_partial or None}
+    if options.vae != "full":
+        is_local = options.vae not in VAES and Path(options.vae).expanduser().exists()
+        provenance["vae"] = {"name": Path(options.vae).name, "ref": None if is_local else options.vae}
     return LatentConsistencyPipeline(
         backbone=models["unet"],
         autoencoder=_load_autoencoder(folder, models["unet"], options),

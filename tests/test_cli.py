@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import interrupted
 from openai_names import openai_state_dict
 from PIL import Image
 from tiny_models import save_pipeline, shared_unet
@@ -23,37 +21,6 @@ from mlx_cm import cache
 from mlx_cm import cli as command_line
 from mlx_cm.metadata import read_parameters, read_recipe
 from mlx_cm.presets import PRESETS
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
-@pytest.fixture
-def run(monkeypatch, capfd, tmp_path) -> Callable[..., Result]:
-    """Runs the program in this process, in an empty folder, as the entry point does."""
-    monkeypatch.chdir(tmp_path)
-    previous = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["mlx-cm", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            command_line.main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return Result(code, *capfd.readouterr())
-
-    yield run
-    signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture(scope="module")
@@ -282,16 +249,6 @@ NOISE = __import__("mlx.core").core.random.normal((1, 16, 16, 3))
 
 
 # --- interruption
-
-
-def interrupted(command: list[str], folder: Path, sign: int, after: Callable[[], bool]) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not after() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(sign)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

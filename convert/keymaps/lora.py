@@ -93,6 +93,12 @@ def split_name(name: str) -> tuple[str, str, str | None] | None:
     return None
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names make an adapter, of whatever kind."""
+    names = list(names)
+    return other_kind(names) is not None or any(split and split[2] for split in map(split_name, names))
+
+
 def other_kind(names: Iterable[str]) -> str | None:
     """What kind of adapter the tensors are of, where it is not LoRA."""
     names = list(names)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.guidance import classifier_free_guidance, guidance_embedding, w_from_guidance_scale
-from mlx_cm.images import from_pil, to_pil
+from mlx_cm.images import from_pil, picture_digest, to_pil
 from mlx_cm.interpolation import FEATURE_PATHS, slerp_noise
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.models.unet2d_condition import PromptContext
@@ -444,8 +444,7 @@ class LatentConsistencyPipeline:
             "model": source,
             "model_ref": f"{source}@{revision}" if revision else None,
             "model_sha256": self.weights_sha256,
-            "lora": self.provenance.get("lora"),
-            "quantize": self.provenance.get("quantize"),
+            **{name: self.provenance.get(name) for name in ("lora", "lora_partial", "vae", "quantize")},
             "prompt": alone(tuple(dict.fromkeys(request.prompts))),
             "negative_prompt": request.negative_prompt,
             "prompt_weights": request.prompt_weights or None,
@@ -457,6 +456,8 @@ class LatentConsistencyPipeline:
             "seed": alone(tuple(dict.fromkeys(request.seeds))),
             "rng": request.rng,
             "strength": request.strength,
+            "image_sha256": None if request.image is None else picture_digest(request.image),
+            "mask_sha256": None if request.mask is None else picture_digest(request.mask),
             "width": request.width,
             "height": request.height,
             "dtype": str(self.dtype).removeprefix("mlx.core."),
