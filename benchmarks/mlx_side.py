@@ -14,9 +14,9 @@ from mlx_cm.models.unet2d_condition import PromptContext
 
 def load_component(model: nn.Module, path: Path) -> nn.Module:
     """Fills a model from a file that `checkpoints.write_component` wrote, laid out as a native folder's would be."""
-    weights = mx.load(str(path))
-    model.load_weights([(name, _channels_last(value)) for name, value in weights.items()])
+    model.load_weights([(name, _channels_last(value)) for name, value in mx.load(str(path)).items()])
     mx.eval(model.parameters())
+    mx.clear_cache()  # of the kernels in the other layout
     return model
 
 

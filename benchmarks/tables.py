@@ -83,10 +83,10 @@ def comparison(
 
 
 def memory(what: str, replies: dict[str, dict[str, Any]]) -> Table:
-    """The greatest resident memory of each process so far, weights and libraries included.
+    """The greatest resident memory of each process, weights and libraries included.
 
     Args:
-        what: had been done by then.
+        what: was done meanwhile.
         replies: of each side.
     """
     peaks = {f"{name}_mib": reply["resident_peak"] / MIB for name, reply in replies.items()}
@@ -94,7 +94,7 @@ def memory(what: str, replies: dict[str, dict[str, Any]]) -> Table:
     if THEIRS in replies:
         row["ratio"] = peaks[f"{OURS}_mib"] / peaks[f"{THEIRS}_mib"]
     columns = {
-        "resident memory after": "{what}",
+        "resident memory during": "{what}",
         "ours ÷ diffusers": "{ratio:.2f}",
         "ours, MiB": "{ours_mib:.0f}",
         "diffusers, MiB": "{diffusers_mib:.0f}",
