@@ -99,14 +99,15 @@ def _describe_model(folder: Path) -> dict[str, Any]:
         part: describe_component(kind, configs[part], stored_tensors(folder / part)) for part, kind in parts.items()
     }
     quantized = {part: stored_quantization(folder / part) for part in parts}
+    bits = {part: stored.bits for part, stored in quantized.items() if stored is not None}
     return {
         "kind": "model",
         "name": folder.resolve().name,
         "pipeline": index.pipeline,
         "sampler": index.sampler,
         "components": components,
-        "memory_bytes": estimate(configs).peak,
-        "bits": {part: stored.bits for part, stored in quantized.items() if stored is not None},
+        "memory_bytes": estimate(configs, quantize=bits).peak,
+        "bits": bits,
         "provenance": index.provenance,
         "weights": index.weights,
     }

@@ -25,7 +25,7 @@ from mlx_cm.model_folder import (
 from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
 from mlx_cm.pipelines.latent import LatentConsistencyPipeline, LatentSettings
 from mlx_cm.pipelines.pixel import ConsistencyModelPipeline, PixelSettings
-from mlx_cm.quantization import in_device_form, quantize_model
+from mlx_cm.quantization import in_device_form, quantization_of, quantize_model
 from mlx_cm.sources import Progress, component_folder, native_folder, open_adapter
 from mlx_cm.tokenizer import CLIPTokenizer
 
@@ -116,9 +116,12 @@ def check_memory(
     kinds = {part: folder / part for part, kind in index.components.items() if kind in MODELS}
     if vae not in VAES and "vae" in kinds:
         kinds["vae"] = component_folder(vae, progress)
-    parts = {part: build_model(path).config for part, path in kinds.items()}
+    models = {part: build_model(path) for part, path in kinds.items()}
+    parts = {part: model.config for part, model in models.items()}
+    stored = {part: quantization_of(model) for part, model in models.items()}
+    bits = {part: quantize if quantization is None else quantization.bits for part, quantization in stored.items()}
     size["guidance_batch"] = 2 if _is_guided(index, parts.get("unet"), guidance_scale) else 1
-    needed = estimate(parts, dtype=dtype, quantize=quantize, vae="tiny" if vae == "tiny" else "full", **size)
+    needed = estimate(parts, dtype=dtype, quantize=bits, vae="tiny" if vae == "tiny" else "full", **size)
     check_budget(needed, max_memory)
     return needed
 

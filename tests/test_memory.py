@@ -9,21 +9,22 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from latent_configs import LCM_DREAMSHAPER, PUBLISHED, SDXL
+from latent_configs import LCM_DREAMSHAPER, PUBLISHED, SDXL, shrink
 from measured_peaks import CASES
 from mlx.utils import tree_flatten
 
 from mlx_cm import memory
 from mlx_cm.config import config_from_dict
 from mlx_cm.errors import MemoryBudgetError, UsageError
+from mlx_cm.loading import check_memory
 from mlx_cm.memory import Estimate, Map, available_memory, check_budget, estimate, peak_values, weight_bytes
-from mlx_cm.model_folder import MODELS
+from mlx_cm.model_folder import MODELS, ModelIndex, tensor_sources, write_component, write_model_index
 from mlx_cm.models.autoencoder_kl import SD_VAE, SDXL_VAE
 from mlx_cm.models.clip_text import CLIPTextConfig
 from mlx_cm.models.unet2d import IMAGENET_64
 from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
 from mlx_cm.pipelines.latent import TILE
-from mlx_cm.quantization import quantize_model
+from mlx_cm.quantization import quantization_of, quantize_model
 
 CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 BIG_G = CLIPTextConfig(
@@ -268,3 +269,18 @@ def test_available_memory_without_proc(monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", absent)
     assert available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_stored_bits_are_known_before_loading(tmp_path, gpu, bits):
+    """A quantised folder is counted as it is, not refused for what it would take unpacked."""
+    config = unet(shrink(LCM_DREAMSHAPER) | {"cross_attention_dim": 32, "block_out_channels": [32, 64, 64, 64]})
+    model = MODELS["UNet2DCondition"][0](config)
+    if bits is not None:
+        quantize_model(model, bits)
+    write_component(tmp_path / "unet", config, tensor_sources(model), quantization_of(model))
+    write_model_index(tmp_path, ModelIndex("P", {"unet": "UNet2DCondition"}, {}, {}, {}))
+    expected = weight_bytes(config, 2, bits)
+    assert check_memory(tmp_path, dtype="float16", max_memory=1).weights == {"unet": expected}
+    with pytest.raises(MemoryBudgetError):
+        check_memory(tmp_path, dtype="float16", max_memory=expected / 1e9)
