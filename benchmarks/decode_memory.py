@@ -109,7 +109,7 @@ def medians(replies: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Measures, or runs as one process of it."""
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--large", action="store_true", help="also 1024x1024 whole, which needs over four times the memory of 512x512")
+    parser.add_argument("--large", action="store_true", help="also 1024x1024 whole, in over four times the memory")
     arguments = parser.parse_args()
     if arguments.side is not None:
         serve(TINY_VAE if arguments.quick else SD_VAE)
