@@ -524,6 +524,8 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--dtype", help="float32, float16 or bfloat16; by default the source's.")
 @click.option("--preset", help="Which published checkpoint it is, where the tensors do not tell: cd-imagenet64-l2, ...")
 @click.option("--config", "overrides", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="A config field.")
+@click.option("--base", metavar="REF", help="The model that gives the parts which the source lacks.")
+@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help="CLIP's vocabulary, for single files.")
 @click.option("--variant", help="Which weights of a folder, as fp16.")
 @click.option("--verify", is_flag=True, help="Read the result back and compare every tensor.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model.")

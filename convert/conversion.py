@@ -25,7 +25,7 @@ from mlx_cm.model_folder import (
     write_model_index,
     write_schedule,
 )
-from mlx_cm.storage import TensorSource, atomic_folder, disk_errors, read_json, sha256_file
+from mlx_cm.storage import TensorSource, atomic_folder, check_free, disk_errors, read_json, sha256_file
 
 SPARE_BYTES = 64 * 2**20  # left free on the disk beside the model itself
 
@@ -93,8 +93,7 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
         DiskError: the destination exists, or there is not enough space.
     """
     source, destination, options = Path(source), Path(destination), options or Options()
-    if destination.exists() and not options.overwrite:
-        raise DiskError(str(destination), "exists already", "choose another name or pass --overwrite")
+    check_free(destination, options.overwrite)
     for what, path in {"source": source, "base": options.base, "tokenizer": options.tokenizer}.items():
         if path is not None and _is_within(Path(path), destination):
             raise UsageError(str(destination), f"holds the {what}, which would be overwritten")

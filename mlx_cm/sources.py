@@ -17,7 +17,7 @@ from mlx_cm.errors import ModelError, NetworkError, UsageError
 from mlx_cm.lora import Adapter
 from mlx_cm.model_folder import MODEL_INDEX, WEIGHTS_METADATA, is_native, read_model_index, resolve_dtype, weight_files
 from mlx_cm.presets import preset_of_repository
-from mlx_cm.storage import check_safetensors
+from mlx_cm.storage import check_free, check_safetensors
 
 log = logging.getLogger("mlx_cm")
 
@@ -239,41 +239,41 @@ def _is_made(entry: Path) -> bool:
     return (entry / MODEL_INDEX).is_file()
 
 
-def _converted(source: Path, entry: Path, base: str | Path | None, progress: Progress | None, **options: Any) -> Path:
+def _converted(path: Path, entry: Path, base: str | Path | None, progress: Progress | None, **options: Any) -> Path:
     """The entry of the cache, made where it is missing, by one process at a time."""
     if _is_made(entry):
         return entry
     with cache.conversion_lock(entry):
         if not _is_made(entry):
             cache.remove_leftovers(entry)
-            report = _convert(source, entry, base, progress, overwrite=True, **options)
+            report = _convert(path, entry, base, progress, overwrite=True, **options)
             for note in report.notes:
-                log.warning("%s: %s", options.get("source") or source, note)
+                log.warning("%s: %s", options.get("source") or path, note)
     return entry
 
 
-def _convert(
-    source: Path, destination: Path, base: str | Path | None, progress: Progress | None, **options: Any
-) -> Any:
-    """Converts, with those parts of the base that the source lacks.
+def _convert(path: Path, destination: Path, base: str | Path | None, progress: Progress | None, **options: Any) -> Any:
+    """Converts, with those parts of the base that the source at `path` lacks.
 
     Raises:
+        DiskError: the destination exists.
         UsageError: there is a base and nothing is missing.
     """
     from mlx_cm.convert import MissingParts, Options, convert, plan_conversion  # only where something is foreign
 
     wanted = Options(progress=progress, **options)
+    check_free(destination, wanted.overwrite)  # before anything is fetched
     missing = None
     try:
-        plan_conversion(source, wanted)
+        plan_conversion(path, wanted)
     except MissingParts as error:
         missing = error
     if missing is None and base is not None:
-        raise UsageError("base", f"{wanted.source or source} is complete without it")
+        raise UsageError("base", f"{wanted.source or path} is complete without it")
     if missing is not None:
-        found, name = _find_base(source, base, missing, wanted.variant, progress)
+        found, name = _find_base(path, base, missing, wanted.variant, progress)
         wanted = replace(wanted, base=found, base_source=name)
-    return convert(source, destination, wanted)
+    return convert(path, destination, wanted)
 
 
 def _find_base(

@@ -104,6 +104,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a target that exists, unless it may be replaced.
+
+    Raises:
+        DiskError: `path` exists and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise DiskError(str(path), "exists already", "choose another name or pass --overwrite")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill; on success it is renamed to `path`.
@@ -112,8 +122,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         DiskError: `path` exists and `overwrite` is false, or writing fails. Nothing half-written stays behind.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise DiskError(str(path), "exists already", "choose another name or pass --overwrite")
+    check_free(path, overwrite)
     partial = _partial_sibling(path)
     with disk_errors(path):
         try:
