@@ -417,7 +417,11 @@ def _fetch_blob(listing: Listing, file: RepoFile, blob: Path, report: Callable[[
             if file.size is not None and _length(partial) > file.size:
                 partial.unlink()
             resumed = _length(partial) > 0
-            _patiently(lambda: _append(listing, file, partial, report))
+            try:
+                _patiently(lambda: _append(listing, file, partial, report))
+            finally:
+                if not _length(partial) and file.size != 0:
+                    partial.unlink(missing_ok=True)  # refused before the first byte
             if _digest(partial, file.digest) == file.digest:
                 partial.replace(blob)
             else:

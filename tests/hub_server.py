@@ -6,12 +6,15 @@ and refs, git and LFS etags, large files behind a redirect to another host, erro
     with HubServer() as hub:
         commit = hub.add("owner/name", {"config.json": b"{}"})   # or a folder
         hub.fault("cut", "unet/model.safetensors", after=1000)
-        env = hub.environment(tmp_path)                          # for the client's process
+        client = hub.start("import mlx_cm; ...", tmp_path)        # a process that finds the server instead of the Hub
 """
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -21,6 +24,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pkl", ".msgpack")
+ROOT = Path(__file__).resolve().parent.parent
+# What would lead a client elsewhere: its own settings, and proxies.
+HIDDEN = ("HF_", "HUGGING", "HTTP", "ALL_PROXY", "http", "all_proxy", "TRANSFORMERS", "XDG_CACHE")
 TOKEN = "hf_token_with_access"
 OTHER_TOKEN = "hf_token_without_access"
 
@@ -94,15 +100,25 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, folder: Path) -> dict[str, str]:
-        """Environment variables that lead a client here and keep its files below `folder`."""
-        return {
+    def start(self, program: str, folder: Path, **environment: str) -> subprocess.Popen:
+        """Runs Python code that takes this server for the Hub and keeps its files below `folder`; pipes are text."""
+        env = {key: value for key, value in os.environ.items() if not key.startswith(HIDDEN)}
+        env |= {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(folder / "hf"),
             "MLX_CM_CACHE": str(folder / "mlx-cm"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "10",
             "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONPATH": str(ROOT),
         }
+        return subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=env | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def add(self, repo_id: str, files: Mapping[str, bytes] | Path, *, revision: str = "main", **settings) -> str:
         """Adds a commit and points `revision` at it.

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +12,6 @@ from huggingface_hub.utils import validate_repo_id
 from mlx_cm.convert.readers import choose_weight_files
 from mlx_cm.hub import HubRef, RepoFile, choose_files, parse_ref
 from tests.hub_server import OTHER_TOKEN, TOKEN, HubServer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Reads one JSON job per line and answers with one; huggingface_hub reads its environment when it is imported.
 CLIENT = """
@@ -51,23 +46,7 @@ class Client:
 
     def __init__(self, hub: HubServer, folder: Path, prelude: str = "", **environment: str):
         self.folder = folder
-        hidden = (
-            "HF_",
-            "HUGGING",
-            "HTTP",
-            "HTTPS",
-            "ALL_PROXY",
-            "http",
-            "https",
-            "all_proxy",
-            "TRANSFORMERS",
-            "XDG_CACHE",
-        )
-        env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-        env |= hub.environment(folder) | {"PYTHONPATH": str(ROOT), "HF_HUB_DOWNLOAD_TIMEOUT": "10"} | environment
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", prelude + CLIENT], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process = hub.start(prelude + CLIENT, folder, **environment)
 
     def send(self, repo_id: str, revision: str | None = None, variant: str | None = None, **job) -> None:
         print(json.dumps({"ref": [repo_id, revision], "variant": variant, **job}), file=self.process.stdin, flush=True)
