@@ -31,7 +31,7 @@ PROMPT_EXAMPLE = 'mlx-cm generate "a lighthouse at dusk"'
 LOAD_OPTIONS = ("dtype", "quantize", "lora", "lora_partial", "vae", "base")
 SETTINGS = (
     *("prompt", "negative_prompt", "labels", "steps", "times", "sampler", "eta", "original_steps", "guidance_scale"),
-    *("width", "height", "seed", "count", "image", "strength", "mask", "prompt_weights", "rng"),
+    *("width", "height", "seed", "count", "image", "strength", "mask", "prompt_weights", "tiled", "rng"),
 )
 PICTURES = ("image", "mask")  # settings that are given as the path of a picture; a recipe has only digests of them
 
@@ -40,7 +40,7 @@ RECIPE_TYPES = {
     **dict.fromkeys(("prompt", "negative_prompt", "sampler", "rng", "dtype", "model_ref"), str),
     **dict.fromkeys(("label", "seed", "steps", "original_steps", "width", "height", "quantize", "frames"), int),
     **dict.fromkeys(("times", "eta", "guidance_scale", "strength"), float),
-    **dict.fromkeys(("prompt_weights", "lora_partial", "grid"), bool),
+    **dict.fromkeys(("prompt_weights", "tiled", "lora_partial", "grid"), bool),
     **dict.fromkeys(("lora", "vae"), dict),
 }
 RECIPE_LISTS = {"prompt", "label", "seed", "times", "lora"}
@@ -149,6 +149,7 @@ SAMPLING_OPTIONS = _options(
     click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance."),
     click.option("--width", type=int, help="Pixels."),
     click.option("--height", type=int, help="Pixels."),
+    click.option("--tiled", is_flag=True, help="Let the autoencoder work tile by tile, in less memory."),
     click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for PyTorch's CPU generator."),
 )
 OUTPUT_OPTIONS = _options(
@@ -359,6 +360,7 @@ def _load(
             guidance_scale=settings.get("guidance_scale"),
             batch=min(batch, _count_of_pictures(settings)),
             low_ram=low_ram,
+            tiled=settings.get("tiled") or None,
             max_memory=max_memory,
             progress=report,
         )
@@ -525,7 +527,7 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("--preset", help="Which published checkpoint it is, where the tensors do not tell: cd-imagenet64-l2, ...")
 @click.option("--config", "overrides", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="A config field.")
 @click.option("--base", metavar="REF", help="The model that gives the parts which the source lacks.")
-@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help="CLIP's vocabulary, for single files.")
+@click.option("--tokenizer", metavar="DIR", type=click.Path(path_type=Path), help="A vocabulary, for single files.")
 @click.option("--variant", help="Which weights of a folder, as fp16.")
 @click.option("--verify", is_flag=True, help="Read the result back and compare every tensor.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing model.")

@@ -32,6 +32,7 @@ from mlx_cm.tokenizer import CLIPTokenizer
 Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 VAES = ("full", "tiny")  # what is not the reference of an autoencoder
 # By the added embedding of the U-Net, which tells SDXL's latents from the others.
 TINY_AUTOENCODERS = {None: "madebyollin/taesd", "text_time": "madebyollin/taesdxl"}
@@ -82,6 +83,8 @@ def load(
     """
     folder = native_folder(ref, dtype=dtype, base=base, progress=progress)
     index = read_model_index(folder)
+    if index.pipeline in MODELS:
+        raise ModelError(str(ref), f"is a lone {index.pipeline}, which makes no pictures by itself")
     if index.pipeline not in PIPELINES:
         raise ModelError(str(folder / MODEL_INDEX), f"{index.pipeline!r} is unknown, expected one of {list(PIPELINES)}")
     options = LoadOptions(dtype, quantize, parse_adapters(lora), lora_partial, vae, progress)
@@ -115,7 +118,7 @@ def check_memory(
     index = read_model_index(folder)
     kinds = {part: folder / part for part, kind in index.components.items() if kind in MODELS}
     if vae not in VAES and "vae" in kinds:
-        kinds["vae"] = component_folder(vae, progress)
+        kinds["vae"] = _autoencoder_folder(vae, progress)
     models = {part: build_model(path) for part, path in kinds.items()}
     parts = {part: model.config for part, model in models.items()}
     stored = {part: quantization_of(model) for part, model in models.items()}
@@ -222,10 +225,18 @@ def _load_autoencoder(folder: Path, unet: nn.Module, options: LoadOptions) -> nn
         ref = options.vae
         if ref == "tiny":
             ref = TINY_AUTOENCODERS[unet.config.addition_embed_type]
-        return load_model(component_folder(ref, options.progress), options.dtype)
+        return load_model(_autoencoder_folder(ref, options.progress), options.dtype)
     overflows = getattr(build_model(folder / "vae").config, "force_upcast", False)
     half = resolve_dtype(options.dtype) == mx.float16
     return load_model(folder / "vae", "float32" if half and overflows else options.dtype)
+
+
+def _autoencoder_folder(ref: str, progress: Progress | None) -> Path:
+    folder = component_folder(ref, progress)
+    kind = type(build_model(folder)).__name__
+    if kind not in AUTOENCODERS:
+        raise ModelError(ref, f"is a {kind}, expected one of {', '.join(AUTOENCODERS)}")
+    return folder
 
 
 PIPELINES = {"ConsistencyModelPipeline": _load_pixel, "LatentConsistencyPipeline": _load_latent}

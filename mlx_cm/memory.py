@@ -48,6 +48,7 @@ GPU_MEMORY_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_s
 # What makes a stage need less, by the stages that it helps.
 REMEDIES = {
     "--low-ram": ("encode text", "denoise", "decode"),
+    "--tiled": ("decode",),
     "--vae tiny": ("decode",),
     "a smaller --width and --height": ("denoise", "decode"),
 }

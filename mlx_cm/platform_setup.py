@@ -2,11 +2,15 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import shutil
 import sys
 
 OPENBLAS = "libopenblas.so.0"
+
+
+log = logging.getLogger("mlx_cm")
 
 
 def prepare() -> None:
@@ -17,8 +21,25 @@ def prepare() -> None:
     """
     if sys.platform != "linux":
         return
-    if "mlx.core" not in sys.modules:
-        with contextlib.suppress(OSError):  # without it everything is slower, not wrong
+    with contextlib.suppress(OSError):  # without it everything is slower, not wrong
+        if "mlx.core" not in sys.modules:
             ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+        elif not _is_loaded(OPENBLAS) and _computes_on_cpu():
+            log.warning("import mlx_cm before mlx: it was too late for OpenBLAS, and products take 20-40 times longer")
     if shutil.which("g++") is None:
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+
+def _is_loaded(library: str) -> bool:
+    """Whether this process has a library already; where the machine has none of the name, there is nothing to miss."""
+    try:
+        ctypes.CDLL(library, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        ctypes.CDLL(library)
+        return False
+    return True
+
+
+def _computes_on_cpu() -> bool:
+    core = sys.modules["mlx.core"]
+    return core.default_device().type == core.cpu

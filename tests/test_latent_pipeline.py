@@ -591,6 +591,10 @@ def test_large_pictures_are_decoded_and_encoded_in_tiles(monkeypatch):
         sides[name].clear()
     pipeline.generate(PROMPT, width=48, height=48, steps=1, image=PICTURE)
     assert sides == {"encode": [48], "decode": [6]}  # whole up to the limit
+    for name in sides:
+        sides[name].clear()
+    pipeline.generate(PROMPT, width=48, height=48, steps=1, image=PICTURE, tiled=True)
+    assert (set(sides["encode"]), set(sides["decode"])) == ({32}, {4})  # below it on request
 
 
 # --- half precision
@@ -955,6 +959,6 @@ def test_a_recipe_leaves_open_only_what_does_not_apply():
     pipeline = native_pipeline("lcm")
     recipe = pipeline.recipe(pipeline.resolve(PROMPT))
     left_open = {name for name, value in recipe.items() if name in SETTINGS and value is None}
-    assert left_open == {"negative_prompt", "prompt_weights", "eta", "strength"}
+    assert left_open == {"negative_prompt", "prompt_weights", "tiled", "eta", "strength"}
     not_said = SETTINGS.keys() - recipe.keys()  # pictures are given again; times and seeds say the rest
     assert not_said == {"self", "image", "mask", "count", "original_steps", "others"}

@@ -145,8 +145,8 @@ def test_what_saves_memory_is_seen_to():
         return estimate(XL, dtype="float32", **options).stages
 
     usual = stages()
-    assert usual == stages(width=1024, height=1024, tiled=True), "the size it was trained on, which is tiled"
-    assert stages(tiled=False)["decode"] > usual["decode"] + 5e9
+    assert usual == stages(width=1024, height=1024, tiled=False), "the size it was trained on, which is decoded whole"
+    assert stages(tiled=True)["decode"] < usual["decode"] - 5e9
     assert stages(vae="tiny")["decode"] < usual["decode"] - 1.5e9
     assert stages(width=512, height=512)["denoise"] < usual["denoise"]
     assert stages(guidance_batch=2)["denoise"] > usual["denoise"] == stages()["denoise"]
@@ -173,7 +173,8 @@ def test_an_autoencoder_that_overflows_stays_in_float32():
 
 def test_tiles_bound_the_decoder():
     """Twice the side costs the picture, not the work of the decoder."""
-    small, large = (estimate(SD, dtype="float32", width=side, height=side) for side in (1024, 2048))
+    small, large = (estimate(SD, dtype="float32", width=side, height=side, tiled=True) for side in (1024, 2048))
+    assert large == estimate(SD, dtype="float32", width=2048, height=2048), "beyond 1024 pixels without being asked"
     grown = large.stages["decode"] - small.stages["decode"]
     assert grown == 2 * 4 * 3 * (2048**2 - 1024**2)
     one_tile = estimate(SD, dtype="float32", width=8 * TILE, height=8 * TILE)
@@ -215,7 +216,7 @@ def test_what_does_not_fit_is_refused_with_numbers(monkeypatch):
         "(of which weights: unet 3.40 GB, vae 0.30 GB); allowed: 6.20 GB"
     )
     assert refusal.value.exit_code == 5
-    assert refusal.value.hint == "--low-ram, --vae tiny, a smaller --width and --height"
+    assert refusal.value.hint == "--low-ram, --tiled, --vae tiny, a smaller --width and --height"
     monkeypatch.setattr(memory, "available_memory", lambda: 4_000_000_000)
     with pytest.raises(MemoryBudgetError, match=r"available: 4\.00 GB"):
         check_budget(NEEDED)

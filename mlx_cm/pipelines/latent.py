@@ -20,7 +20,15 @@ from mlx_cm.interpolation import FEATURE_PATHS, slerp_noise
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.models.unet2d_condition import PromptContext
 from mlx_cm.parameterization import Network, latent_consistency_function
-from mlx_cm.pipelines.request import alone, check_rng, pictures, refuse_settings, split_request
+from mlx_cm.pipelines.request import (
+    alone,
+    check_rng,
+    pictures,
+    refuse_settings,
+    split_request,
+    told_of_machine,
+    told_of_model,
+)
 from mlx_cm.prompt_weights import apply_weights, encode_weighted
 from mlx_cm.rng import IMAGE_POSTERIOR, MASKED_POSTERIOR, NOISE_SOURCES, Noise, expand_seeds
 from mlx_cm.samplers import (
@@ -41,7 +49,7 @@ log = logging.getLogger("mlx_cm")
 TCD_ETA = 0.3  # [TCD] section 5 and its released code
 STRENGTHS = {"image": 0.5, "mask": 1.0}  # by the task, where none is given
 TILE = 64  # latents; the size the autoencoders of this family were trained on
-WHOLE_UP_TO = 96  # latents a side; above it the autoencoder works tile by tile
+WHOLE_UP_TO = 128  # latents a side, SDXL's own size; above it the autoencoder works tile by tile
 
 NO_USE = {"labels": "this model is told by a prompt what to show"}
 
@@ -117,6 +125,7 @@ class LatentRequest:
     mask: Image.Image | None  # white: to be made anew
     strength: float | None
     prompt_weights: bool
+    tiled: bool  # whether the autoencoder works tile by tile
     rng: str
 
 
@@ -242,6 +251,7 @@ class LatentConsistencyPipeline:
         eta: float | None = None,
         original_steps: int | None = None,
         prompt_weights: bool = False,
+        tiled: bool = False,
         rng: str = "mlx",
         **others: Any,
     ) -> LatentRequest:
@@ -263,6 +273,8 @@ class LatentConsistencyPipeline:
             eta: of TCD, how much noise is put in again, [0, 1]; None: 0.3.
             original_steps: of the distillation; None: what the checkpoint says.
             prompt_weights: read `(word:1.3)` and `[word]` in prompts as weights.
+            tiled: let the autoencoder work tile by tile, in less memory, also where pictures are not large. Colours
+                may differ a little between the tiles.
             rng: "mlx", or "torch" for the draws of PyTorch's CPU generator.
 
         Raises:
@@ -301,6 +313,7 @@ class LatentConsistencyPipeline:
             mask=mask,
             strength=strength,
             prompt_weights=prompt_weights,
+            tiled=tiled or max(width, height) > WHOLE_UP_TO * self.autoencoder.config.pixels_per_latent,
             rng=rng,
         )
 
@@ -438,16 +451,14 @@ class LatentConsistencyPipeline:
         Args:
             request: as `resolve` returns it, or for one picture as `iterate` yields it.
         """
-        source, revision = self.provenance.get("source"), self.provenance.get("revision")
         return {
             "task": "generate",
-            "model": source,
-            "model_ref": f"{source}@{revision}" if revision else None,
-            "model_sha256": self.weights_sha256,
+            **told_of_model(self.provenance, self.weights_sha256),
             **{name: self.provenance.get(name) for name in ("lora", "lora_partial", "vae", "quantize")},
             "prompt": alone(tuple(dict.fromkeys(request.prompts))),
             "negative_prompt": request.negative_prompt,
             "prompt_weights": request.prompt_weights or None,
+            "tiled": request.tiled or None,
             "guidance_scale": request.guidance_scale,
             "steps": len(request.times),
             "times": list(request.times),
@@ -460,9 +471,7 @@ class LatentConsistencyPipeline:
             "mask_sha256": None if request.mask is None else picture_digest(request.mask),
             "width": request.width,
             "height": request.height,
-            "dtype": str(self.dtype).removeprefix("mlx.core."),
-            "mlx": mx.__version__,
-            "device": mx.default_device().type.name,
+            **told_of_machine(self.dtype),
         }
 
     # --- text
@@ -571,7 +580,7 @@ class LatentConsistencyPipeline:
             latents = list(latents)
             self.backbone = _Released(self.backbone)
             _release()
-        return pictures(batches, PER_IMAGE, map(self.decode, latents))
+        return pictures(batches, PER_IMAGE, (self.decode(x, tiled=request.tiled) for x in latents))
 
     def interpolate(
         self,
@@ -620,7 +629,8 @@ class LatentConsistencyPipeline:
                 between = (None if a is None else FEATURE_PATHS[path](a, b, fraction) for a, b in parts)
                 context = self.context(PromptFeatures(*between), first, encode)
                 noise = slerp_noise(*(NOISE_SOURCES[one.rng](one.seeds) for one in (first, last)), fraction)
-                yield self.decode(self.sample(first, context=context, shown=shown, noise=noise, callback=callback))
+                latents = self.sample(first, context=context, shown=shown, noise=noise, callback=callback)
+                yield self.decode(latents, tiled=first.tiled)
 
         return (image for _, image in pictures([first] * frames, PER_IMAGE, made()))
 
@@ -633,8 +643,8 @@ class LatentConsistencyPipeline:
         mask = None if request.mask is None else _binary_mask(request.mask, size)
         sees_masked = self.is_inpainting and mask is not None
         shown = PictureContext(
-            known=None if sees_masked and _is_all_new(request) else self.encode(pixels),
-            masked=self.encode(pixels * (1 - mask)) if sees_masked else None,
+            known=None if sees_masked and _is_all_new(request) else self.encode(pixels, tiled=request.tiled),
+            masked=self.encode(pixels * (1 - mask), tiled=request.tiled) if sees_masked else None,
             mask=None if mask is None else mask[:, ::unit, ::unit],
         )
         mx.eval([x for x in shown if x is not None])
@@ -721,11 +731,11 @@ class LatentConsistencyPipeline:
 
         return guided if self._is_guided(guidance_scale) else call
 
-    def encode(self, pixels: mx.array) -> Encoded:
-        """What the autoencoder's `encode` makes of pictures in [-1, 1]; tile by tile where they are large."""
-        unit = self.autoencoder.config.pixels_per_latent
-        if max(pixels.shape[1:3]) <= WHOLE_UP_TO * unit:
+    def encode(self, pixels: mx.array, *, tiled: bool = False) -> Encoded:
+        """What the autoencoder's `encode` makes of pictures in [-1, 1], whole or tile by tile."""
+        if not tiled:
             return self.autoencoder.encode(pixels)
+        unit = self.autoencoder.config.pixels_per_latent
         return encode_tiled(self.autoencoder.encode, pixels, tile=TILE * unit, scale=unit)
 
     def preview(self, latents: mx.array) -> list[Image.Image]:
@@ -738,27 +748,26 @@ class LatentConsistencyPipeline:
             factors = mx.eye(self.latent_channels, 3) / 3
         return to_pil(mx.clip(latents @ factors, -1, 1))
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Pictures of scaled latents; tile by tile where they are large.
+    def decode(self, latents: mx.array, *, tiled: bool = False) -> mx.array:
+        """Pictures of scaled latents, decoded whole or tile by tile.
 
         Half precision overflows in some autoencoders. A result that is not finite is computed again in float32.
 
         Returns:
             float32, (B, H, W, C), in [-1, 1] but for what the decoder oversteps.
         """
-        images = self._decode(latents)
+        images = self._decode(latents, tiled)
         if not bool(mx.isfinite(images).all()) and _is_half(self.autoencoder):
             log.warning("the autoencoder overflows in half precision; decoding again in float32")
             self.autoencoder.update(tree_map(lambda x: x.astype(mx.float32), self.autoencoder.parameters()))
-            images = self._decode(latents)
+            images = self._decode(latents, tiled)
         return images
 
-    def _decode(self, latents: mx.array) -> mx.array:
+    def _decode(self, latents: mx.array, tiled: bool) -> mx.array:
         decode = self.autoencoder.decode_scaled
-        if max(latents.shape[1:3]) <= WHOLE_UP_TO:
+        if not tiled:
             return decode(latents)
-        unit = self.autoencoder.config.pixels_per_latent
-        return decode_tiled(decode, latents, tile=TILE, scale=unit)
+        return decode_tiled(decode, latents, tile=TILE, scale=self.autoencoder.config.pixels_per_latent)
 
 
 class _Released:

@@ -14,7 +14,15 @@ from mlx_cm.errors import UsageError
 from mlx_cm.images import to_pil
 from mlx_cm.model_folder import weights_digest
 from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
-from mlx_cm.pipelines.request import alone, check_rng, pictures, refuse_settings, split_request
+from mlx_cm.pipelines.request import (
+    alone,
+    check_rng,
+    pictures,
+    refuse_settings,
+    split_request,
+    told_of_machine,
+    told_of_model,
+)
 from mlx_cm.presets import PRESETS
 from mlx_cm.rng import NOISE_SOURCES, Noise, expand_seeds
 from mlx_cm.samplers import (
@@ -76,6 +84,7 @@ NO_USE = {
     "eta": "this model's samplers have no such setting",
     "original_steps": "this model's steps are levels of its own grid",
     "prompt_weights": "this model has no text encoder",
+    "tiled": "this model has no autoencoder",
 }
 
 
@@ -197,12 +206,9 @@ class ConsistencyModelPipeline:
     def recipe(self, request: Request) -> dict[str, Any]:
         """Everything that makes the pictures of a request again, in JSON's types; one seed or label stands alone."""
         config = self.backbone.config
-        source, revision = self.provenance.get("source"), self.provenance.get("revision")
         return {
             "task": "generate",
-            "model": source,
-            "model_ref": f"{source}@{revision}" if revision else None,
-            "model_sha256": self.weights_sha256,
+            **told_of_model(self.provenance, self.weights_sha256),
             "label": alone(request.labels),
             "steps": len(request.times),
             "times": list(request.times),
@@ -211,9 +217,7 @@ class ConsistencyModelPipeline:
             "rng": request.rng,
             "width": config.sample_size,
             "height": config.sample_size,
-            "dtype": str(self.backbone.conv_in.weight.dtype).removeprefix("mlx.core."),
-            "mlx": mx.__version__,
-            "device": mx.default_device().type.name,
+            **told_of_machine(self.backbone.conv_in.weight.dtype),
         }
 
     def sample(self, request: Request, *, noise: Noise | None = None, callback: Callback | None = None) -> mx.array:

@@ -72,3 +72,16 @@ def refuse_settings(others: dict[str, Any], reasons: dict[str, str]) -> None:
 def alone(values: Sequence[Any] | None) -> Any:
     """The value of a request for one image, the list of values for several; JSON's types."""
     return None if values is None else values[0] if len(values) == 1 else list(values)
+
+
+def told_of_model(provenance: dict[str, Any], weights_sha256: str | None) -> dict[str, Any]:
+    """What a recipe says of the model; where it lies on this machine is nobody's business."""
+    source, revision = provenance.get("source"), provenance.get("revision")
+    ref = f"{source}@{revision}" if revision else None
+    return {"model": source, "model_ref": ref, "model_sha256": weights_sha256}
+
+
+def told_of_machine(dtype: mx.Dtype) -> dict[str, Any]:
+    """What a recipe says of how the numbers were computed, which decides their last digits."""
+    device = mx.default_device().type.name
+    return {"dtype": str(dtype).removeprefix("mlx.core."), "mlx": mx.__version__, "device": device}
