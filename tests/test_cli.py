@@ -196,6 +196,7 @@ WRONG = {
     "adapter": (["--lora", "x"], 2, ["lora: is for latent models"]),
     "quantisation": (["--quantize", "4"], 2, ["quantize: is for latent models"]),
     "batch 0": (["--batch", "0"], 2, ["batch_size 0"]),
+    "memory": (["--max-memory", "0.000001"], 5, ["GB to denoise", "allowed", "try: a smaller --batch"]),
     "unknown format": (["--format", "gif"], 2, ["expected one of png, jpeg, webp"]),
     "unknown extension": (["-o", "x.gif"], 2, ["names no image format"]),
     "format against name": (["-o", "x.png", "--format", "jpeg"], 2, ["the extension says png"]),
