@@ -221,18 +221,17 @@ def _load_latent(folder: Path, index: ModelIndex, options: LoadOptions) -> Laten
 
 def _load_autoencoder(folder: Path, unet: nn.Module, options: LoadOptions) -> nn.Module:
     """The autoencoder asked for; one that overflows in float16 stays in float32."""
+    path = folder / "vae"
     if options.vae != "full":
-        ref = options.vae
-        if ref == "tiny":
-            ref = TINY_AUTOENCODERS[unet.config.addition_embed_type]
-        return load_model(_autoencoder_folder(ref, options.progress), options.dtype)
-    overflows = getattr(build_model(folder / "vae").config, "force_upcast", False)
+        ref = TINY_AUTOENCODERS[unet.config.addition_embed_type] if options.vae == "tiny" else options.vae
+        path = _autoencoder_folder(ref, options.progress)
+    overflows = getattr(build_model(path).config, "force_upcast", False)
     half = resolve_dtype(options.dtype) == mx.float16
-    return load_model(folder / "vae", "float32" if half and overflows else options.dtype)
+    return load_model(path, "float32" if half and overflows else options.dtype)
 
 
 def _autoencoder_folder(ref: str, progress: Progress | None) -> Path:
-    folder = component_folder(ref, progress)
+    folder = component_folder(ref, progress, part="vae")
     kind = type(build_model(folder)).__name__
     if kind not in AUTOENCODERS:
         raise ModelError(ref, f"is a {kind}, expected one of {', '.join(AUTOENCODERS)}")

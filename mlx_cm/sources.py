@@ -74,6 +74,7 @@ def convert_ref(
     Raises:
         As `mlx_cm.convert.convert` and `mlx_cm.hub.download`.
     """
+    check_free(destination, options.get("overwrite", False))  # before anything is fetched
     path = Path(source).expanduser()
     if not path.exists():
         snapshot = _download(hub_reference(source), options.get("variant"), progress)
@@ -131,7 +132,7 @@ def component_folder(ref: str | Path, progress: Progress | None = None, *, part:
 
     Args:
         ref: a component by itself, native or foreign; or a model that has it.
-        part: which component of a model, as "vae"; None: the first.
+        part: which component of a model that has several, as "vae"; where it has none such, the first.
 
     Raises:
         ModelError: not found, broken, or of an unknown class.
@@ -146,9 +147,7 @@ def component_folder(ref: str | Path, progress: Progress | None = None, *, part:
     if not is_native(folder):
         return folder
     names = [name for name in read_model_index(folder).components if (folder / name / "config.json").is_file()]
-    if part not in (None, *names):
-        raise ModelError(str(ref), f"has no {part}, only {', '.join(names)}")
-    return folder / (part or names[0])
+    return folder / (part if part in names else names[0])
 
 
 def _download(
@@ -256,13 +255,11 @@ def _convert(path: Path, destination: Path, base: str | Path | None, progress: P
     """Converts, with those parts of the base that the source at `path` lacks.
 
     Raises:
-        DiskError: the destination exists.
         UsageError: there is a base and nothing is missing.
     """
     from mlx_cm.convert import MissingParts, Options, convert, plan_conversion  # only where something is foreign
 
     wanted = Options(progress=progress, **options)
-    check_free(destination, wanted.overwrite)  # before anything is fetched
     missing = None
     try:
         plan_conversion(path, wanted)

@@ -32,6 +32,7 @@ PROGRAM = """
 import contextlib, hashlib, io, json, logging, os, resource, shutil, signal, sys, time, traceback
 import huggingface_hub.constants
 import mlx_cm.convert
+from mlx.utils import tree_flatten
 from mlx_cm import cli, hub
 from mlx_cm.errors import MlxCmError
 
@@ -58,6 +59,9 @@ ACTIONS = {
     "full disk": lambda: limit_files(1000),
 }
 
+def dtypes(model):
+    return model and sorted({str(value.dtype) for _, value in tree_flatten(model.parameters())})
+
 def load(ref, at=(None, None), part=None, picture=None, **options):
     def progress(done, total, name):
         if name == at[0]:
@@ -71,7 +75,7 @@ def load(ref, at=(None, None), part=None, picture=None, **options):
     return {
         "kind": type(pipeline).__name__,
         "autoencoder": type(getattr(pipeline, "autoencoder", None)).__name__,
-        "dtypes": sorted({str(value.dtype) for _, value in mlx_cm_flatten(pipeline.backbone.parameters())}),
+        "dtypes": {name: dtypes(getattr(pipeline, name, None)) for name in ("backbone", "autoencoder")},
         "sampler": getattr(pipeline.settings, "sampler", None),
         "preset": getattr(pipeline.settings, "preset", None),
         "provenance": pipeline.provenance,
@@ -88,7 +92,6 @@ def command(*arguments):
             code = exit_.code or 0
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
-from mlx.utils import tree_flatten as mlx_cm_flatten
 for line in sys.stdin:
     job = json.loads(line)
     conversions.clear()
@@ -409,7 +412,7 @@ def test_half_precision_is_another_download_and_another_model(hub, client, offli
     assert len(client.load("o/plain", dtype="float32")["conversions"]) == 1
     again = client.load("o/plain", dtype="float16")
     assert again["conversions"] == []
-    assert "float16" in str(again["dtypes"])
+    assert "mlx.core.float16" in again["dtypes"]["backbone"]
 
 
 def test_half_precision_of_a_folder_here(client, latent, tmp_path):
@@ -563,6 +566,20 @@ def test_an_adapter(hub, client, offline, base):
     assert (missing["code"], missing["text"].startswith("o/no-lora: does not exist")) == (4, True)
     foreign = client.load(model, lora=[model])
     assert foreign["code"] == 3
+
+
+def test_an_autoencoder_of_another_model(hub, client, latent):
+    """One that overflows in half precision stays out of it, like the model's own."""
+    hub.add("o/own", latent)
+    hub.add("o/other", changed(latent, "vae/diffusion_pytorch_model.safetensors"))
+    alone = {name.removeprefix("vae/"): content for name, content in latent.items() if name.startswith("vae/")}
+    hub.add("o/vae", alone)
+    own, other, alone = (
+        client.load("o/own", vae=vae, dtype="float16", picture=PROMPT_PICTURE) for vae in ("full", "o/other", "o/vae")
+    )
+    assert own["pictures"] == alone["pictures"] != other["pictures"]
+    assert all(answer["dtypes"]["autoencoder"] == ["mlx.core.float32"] for answer in (own, other, alone))
+    assert all("mlx.core.float16" in answer["dtypes"]["backbone"] for answer in (own, other, alone))
 
 
 def test_a_tiny_autoencoder(hub, client, latent, tmp_path):
@@ -743,7 +760,9 @@ def test_commands(hub, client, pixel, tmp_path):
     index = read_model_index(tmp_path / "model")
     assert (index.provenance["source"], index.provenance["revision"]) == (repo_id, commit)
     assert index.sampler["preset"] == "cd-cat256-l2"
+    hub.log.clear()
     assert client.run("convert", repo_id, tmp_path / "model")["code"] == 6
+    assert hub.log == []
     assert client.run("models", "where", repo_id)["code"] == 3  # that one is the user's own
 
     pictures = [tmp_path / "first.png", tmp_path / "again.png"]
