@@ -24,6 +24,7 @@ from mlx_cm.errors import MlxCmError, ModelError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_STEM = "image"
+MAX_SIDE = 65_500  # pixels; what the file formats hold
 FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
 PROMPT_EXAMPLE = 'mlx-cm generate "a lighthouse at dusk"'
 
@@ -147,8 +148,8 @@ SAMPLING_OPTIONS = _options(
     click.option("--eta", type=float, help="Of tcd: how much noise is put in again, 0 to 1."),
     click.option("--original-steps", type=int, help="Steps of the distillation, where the checkpoint does not say."),
     click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance."),
-    click.option("--width", type=int, help="Pixels."),
-    click.option("--height", type=int, help="Pixels."),
+    click.option("--width", type=click.IntRange(max=MAX_SIDE), help="Pixels."),
+    click.option("--height", type=click.IntRange(max=MAX_SIDE), help="Pixels."),
     click.option("--tiled", is_flag=True, help="Let the autoencoder work tile by tile, in less memory."),
     click.option("--rng", default="mlx", show_default=True, help="mlx, or torch for PyTorch's CPU generator."),
 )
@@ -573,14 +574,15 @@ def export(source: str, destination: Path, overwrite: bool, quiet: bool) -> None
 @click.argument("source", metavar="REF")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--lora", metavar="REF[@SCALE]", multiple=True, required=True, help="An adapter; may be repeated.")
+@click.option("--lora-partial", is_flag=True, help="Leave out what of an adapter the model has no place for.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @common_options
-def fuse(source: str, destination: Path, lora: tuple[str, ...], overwrite: bool, quiet: bool) -> None:
+def fuse(source: str, destination: Path, quiet: bool, **options: Any) -> None:
     """Write a model with adapters fused into its weights."""
     from mlx_cm.rewriting import fuse_folder
 
     with _progress("loading", quiet, unit="B") as progress:
-        click.echo(fuse_folder(source, destination, lora, overwrite=overwrite, progress=progress))
+        click.echo(fuse_folder(source, destination, progress=progress, **options))
 
 
 @cli.command()

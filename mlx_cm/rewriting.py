@@ -73,6 +73,7 @@ def fuse_folder(
     destination: Path,
     lora: Sequence[str],
     *,
+    lora_partial: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -82,6 +83,7 @@ def fuse_folder(
         ref: a model, as for `mlx_cm.load`.
         destination: the folder to make; it appears under its name when it is complete.
         lora: adapters, each "REF" or "REF@SCALE".
+        lora_partial: leave out what of an adapter the model has no modules for.
 
     Returns:
         The destination.
@@ -99,7 +101,7 @@ def fuse_folder(
         raise UsageError("lora", "is for latent models; pixel-space consistency models are used as they are")
     parts = [part for part, kind in index.components.items() if kind in ("UNet2DCondition", "CLIPTextModel")]
     modules = {part: adaptable_modules(load_stored(source / part)) for part in parts}
-    adapters = [(open_adapter(one, modules, progress), scale) for one, scale in parse_adapters(lora)]
+    adapters = [(open_adapter(one, modules, progress, partial=lora_partial), scale) for one, scale in parse_adapters(lora)]
     changed = [part for part in parts if any(part in adapter.layers for adapter, _ in adapters)]
 
     def change(part: str, model: nn.Module) -> nn.Module:

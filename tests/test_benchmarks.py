@@ -159,11 +159,11 @@ def test_a_wrong_setting_is_named(options, code, message):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("size", ["100", "0", "1024"])
+@pytest.mark.parametrize("size", ["100", "0", "1088"])
 def test_a_size_that_one_side_would_tile_is_refused(size):
     result = run("latent", "--size", size)
     assert result.returncode == 2
-    assert "expected a multiple of 64, at most 768" in result.stderr
+    assert "expected a multiple of 64, at most 1024" in result.stderr
 
 
 # --- a side
