@@ -101,7 +101,9 @@ def fuse_folder(
         raise UsageError("lora", "is for latent models; pixel-space consistency models are used as they are")
     parts = [part for part, kind in index.components.items() if kind in ("UNet2DCondition", "CLIPTextModel")]
     modules = {part: adaptable_modules(load_stored(source / part)) for part in parts}
-    adapters = [(open_adapter(one, modules, progress, partial=lora_partial), scale) for one, scale in parse_adapters(lora)]
+    adapters = [
+        (open_adapter(one, modules, progress, partial=lora_partial), scale) for one, scale in parse_adapters(lora)
+    ]
     changed = [part for part in parts if any(part in adapter.layers for adapter, _ in adapters)]
 
     def change(part: str, model: nn.Module) -> nn.Module:
