@@ -497,7 +497,7 @@ WRONG = {
         ["memory: needs", "GB to encode text", "GB to denoise", "GB to decode", "allowed"],
     ),
     "memory not a number": ("lcm", ["x", "--max-memory", "nan"], 2, ["max_memory nan"]),
-    "a picture too large for any machine": ("lcm", ["x", "--width", "8000000"], 5, ["available"]),
+    "a picture too large for any machine": ("lcm", ["x", "--width", "65496", "--height", "65496"], 5, ["available"]),
     "several on stdout": ("lcm", ["x", "--count", "2", "-o", "-"], 2, ["stdout takes one picture", "--grid"]),
     "previews in a file": ("lcm", ["x", "--preview", "{text}"], 6, ["text.png"]),
     "recipe that is not there": ("lcm", ["x", "--from", "no.json"], 3, ["no.json: file is missing"]),
@@ -609,7 +609,7 @@ INTERPOLATION_WRONG = {
     "pixel model": ("pixel", [], 2, "has no text encoder"),
     "base model": ("sd", [], 2, "this is a base model"),
     "several on stdout": ("lcm", ["-o", "-"], 2, "stdout takes one picture"),
-    "memory": ("lcm", ["--width", "8000000"], 5, "GB"),
+    "memory": ("lcm", ["--width", "65496", "--height", "65496"], 5, "GB"),
 }
 
 
