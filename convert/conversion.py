@@ -25,7 +25,15 @@ from mlx_cm.model_folder import (
     write_model_index,
     write_schedule,
 )
-from mlx_cm.storage import TensorSource, atomic_folder, check_free, disk_errors, read_json, sha256_file
+from mlx_cm.storage import (
+    TensorSource,
+    atomic_folder,
+    check_free,
+    contiguous_pieces,
+    disk_errors,
+    read_json,
+    sha256_file,
+)
 
 SPARE_BYTES = 64 * 2**20  # left free on the disk beside the model itself
 
@@ -225,13 +233,16 @@ def _verify(plan: Plan, folder: Path) -> None:
     for part, component in plan.components.items():
         written = open_checkpoint(folder / part).tensors
         for name, tensor in component.tensors.items():
-            if written[name].shape != tensor.shape or not np.array_equal(_bits(written[name]), _bits(tensor)):
+            if not _is_equal(written[name], tensor):
                 raise ModelError(f"{part}/{name}", "differs from the source after writing", "check the disk")
 
 
-def _bits(tensor: TensorSource) -> np.ndarray:
-    """The bytes of a tensor; unlike its numbers, equal where there is a NaN."""
-    return np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
+def _is_equal(one: TensorSource, other: TensorSource) -> bool:
+    """Whether two tensors have the same bytes, which unlike numbers are equal where there is a NaN."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    pieces = zip(contiguous_pieces(one.read()), contiguous_pieces(other.read()), strict=True)
+    return all(np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)) for a, b in pieces)
 
 
 def check_space(destination: Path, total: int) -> None:

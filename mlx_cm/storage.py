@@ -40,6 +40,8 @@ NUMPY_DTYPES = {
     "BOOL": np.dtype("?"),
 }
 
+PIECE_BYTES = 4 << 20  # written at once
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -215,7 +217,7 @@ class TensorSource:
 
 
 def write_safetensors(path: Path, tensors: Iterable[TensorSource], metadata: dict[str, str]) -> str:
-    """Writes a safetensors file holding one tensor in memory at a time.
+    """Writes a safetensors file holding a piece of one tensor in memory at a time.
 
     The `safetensors` package wants all of them at once, which a 10 GB checkpoint cannot give on a small machine.
 
@@ -237,12 +239,22 @@ def write_safetensors(path: Path, tensors: Iterable[TensorSource], metadata: dic
             file.write(chunk)
             digest.update(chunk)
         for tensor in tensors:
-            data = np.ascontiguousarray(tensor.read())
+            data = tensor.read()
             if data.nbytes != tensor.nbytes:
                 raise ModelError(tensor.name, f"has {data.nbytes} bytes of data where {tensor.nbytes} were announced")
-            file.write(data.data)
-            digest.update(data.data)
+            for piece in contiguous_pieces(data):
+                file.write(piece.data)
+                digest.update(piece.data)
     return digest.hexdigest()
+
+
+def contiguous_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in row-major order, some megabytes at a time, so that a view of a mapped file is never copied whole."""
+    array = np.atleast_1d(array)
+    row = max(array.nbytes // max(len(array), 1), 1)
+    rows = max(PIECE_BYTES // row, 1)
+    for start in range(0, len(array), rows):
+        yield np.ascontiguousarray(array[start : start + rows])
 
 
 def check_safetensors(path: Path) -> dict[str, str]:
