@@ -217,3 +217,9 @@ assert [path.rstrip("/") for path in mlx_cm.__path__] == [sys.argv[1] + "/mlx_cm
         [sys.executable, "-c", script, target], capture_output=True, text=True, cwd=elsewhere, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_tests_with_the_command_that_ci_runs():
+    command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+    for name in ("README.md", ".ci/run"):
+        assert command in (ROOT / name).read_text(encoding="utf-8").splitlines(), name
