@@ -15,8 +15,9 @@ Denoiser = Callable[..., mx.array]  # f(x, t, **cond) -> x0; t a noise level, a 
 Scalings = tuple[mx.array, mx.array, mx.array]
 
 
-def _column(t: mx.array) -> mx.array:
-    return t.astype(mx.float32).reshape(-1, 1, 1, 1)  # (B,) => (B, 1, 1, 1)
+def per_image(t: mx.array | float) -> mx.array | float:
+    """A level per image in the form that multiplies images: (B,) => (B, 1, 1, 1), float32. A number stays a number."""
+    return t.astype(mx.float32).reshape(-1, 1, 1, 1) if isinstance(t, mx.array) else t
 
 
 def edm_scalings(t: mx.array, sigma_data: float) -> Scalings:
@@ -30,7 +31,7 @@ def edm_scalings(t: mx.array, sigma_data: float) -> Scalings:
     Returns:
         (c_skip, c_out, c_in), each of shape (B, 1, 1, 1), float32.
     """
-    t = _column(t)
+    t = per_image(t)
     total = t**2 + sigma_data**2
     return sigma_data**2 / total, t * sigma_data * mx.rsqrt(total), mx.rsqrt(total)
 
@@ -46,7 +47,7 @@ def cm_scalings(t: mx.array, sigma_data: float, sigma_min: float) -> Scalings:
     Returns:
         (c_skip, c_out, c_in), each of shape (B, 1, 1, 1), float32.
     """
-    t = _column(t)
+    t = per_image(t)
     above = t - sigma_min
     c_in = mx.rsqrt(t**2 + sigma_data**2)
     return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data * c_in, c_in
@@ -60,19 +61,29 @@ def log_sigma_conditioning(t: mx.array, scale: float) -> mx.array:
     return scale * mx.log(t.astype(mx.float32))
 
 
-def lcm_scalings(timestep: float, sigma_data: float, timestep_scaling: float) -> tuple[float, float]:
+def lcm_scalings(
+    timestep: mx.array | float, sigma_data: float, timestep_scaling: float
+) -> tuple[mx.array, mx.array] | tuple[float, float]:
     """Scalings of a latent consistency function, (c_skip, c_out); near the identity at timestep 0.
 
     [LCM] section 4.1 and its released code. Unlike `cm_scalings`, c_out has no factor sigma_data: the network's x0
     enters whole.
+
+    Args:
+        timestep: one, or shape (B,); 0 or more.
+
+    Returns:
+        Numbers for one timestep; else arrays of shape (B, 1, 1, 1), float32.
     """
-    scaled = timestep_scaling * timestep
+    scaled = timestep_scaling * per_image(timestep)
     total = scaled**2 + sigma_data**2
-    return sigma_data**2 / total, scaled / math.sqrt(total)
+    root = mx.sqrt(total) if isinstance(total, mx.array) else math.sqrt(total)
+    return sigma_data**2 / total, scaled / root
 
 
 # prediction_type => (x_t, network output, alpha, sigma) => (x0, noise)
-PREDICTIONS: dict[str, Callable[[mx.array, mx.array, float, float], tuple[mx.array, mx.array]]] = {
+Level = mx.array | float  # a number for all images, or shape (B, 1, 1, 1)
+PREDICTIONS: dict[str, Callable[[mx.array, mx.array, Level, Level], tuple[mx.array, mx.array]]] = {
     # x_t = alpha x0 + sigma noise, solved for what the network does not give.
     "epsilon": lambda x, output, alpha, sigma: ((x - sigma * output) / alpha, output),
     "sample": lambda x, output, alpha, sigma: (output, (x - alpha * output) / sigma),
@@ -81,13 +92,23 @@ PREDICTIONS: dict[str, Callable[[mx.array, mx.array, float, float], tuple[mx.arr
 }
 
 
+def discrete_marginal(schedule: DiscreteSchedule, timestep: mx.array | int) -> tuple[Level, Level]:
+    """(alpha, sigma) of one timestep as numbers, or of shape (B,) as arrays of shape (B, 1, 1, 1)."""
+    return schedule.marginals(timestep) if isinstance(timestep, mx.array) else schedule.marginal(timestep)
+
+
 def predicted_x0_and_noise(
-    net: Network, schedule: DiscreteSchedule, x: mx.array, timestep: int, **cond
+    net: Network, schedule: DiscreteSchedule, x: mx.array, timestep: mx.array | int, **cond
 ) -> tuple[mx.array, mx.array]:
-    """What one network call says of the clean latents and the noise in x_t, both float32, shape (B, H, W, C)."""
+    """What one network call says of the clean latents and the noise in x_t, both float32, shape (B, H, W, C).
+
+    Args:
+        timestep: one for all images, or integers of shape (B,).
+    """
     x = x.astype(mx.float32)
-    output = net(x, mx.array([timestep], dtype=mx.float32), **cond).astype(mx.float32)
-    return PREDICTIONS[schedule.prediction_type](x, output, *schedule.marginal(timestep))
+    t = mx.array(timestep, dtype=mx.float32).reshape(-1)
+    output = net(x, t, **cond).astype(mx.float32)
+    return PREDICTIONS[schedule.prediction_type](x, output, *discrete_marginal(schedule, timestep))
 
 
 def latent_consistency_function(net: Network, schedule: DiscreteSchedule, *, sigma_data: float = 0.5) -> Denoiser:
@@ -96,10 +117,10 @@ def latent_consistency_function(net: Network, schedule: DiscreteSchedule, *, sig
     [LCM] equation 9. The published models have sigma_data = 0.5 whatever the scale of their latents.
 
     Returns:
-        f(x, timestep, **cond) -> x0 in float32, shape (B, H, W, C).
+        f(x, timestep, **cond) -> x0 in float32, shape (B, H, W, C); timestep a number, or integers of shape (B,).
     """
 
-    def f(x: mx.array, timestep: int, **cond) -> mx.array:
+    def f(x: mx.array, timestep: mx.array | int, **cond) -> mx.array:
         x0, _ = predicted_x0_and_noise(net, schedule, x, timestep, **cond)
         c_skip, c_out = lcm_scalings(timestep, sigma_data, schedule.timestep_scaling)
         return c_skip * x.astype(mx.float32) + c_out * x0

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_cm.parameterization import Denoiser, Network, predicted_x0_and_noise
+from mlx_cm.parameterization import Denoiser, Network, discrete_marginal, per_image, predicted_x0_and_noise
 from mlx_cm.rng import Noise
 from mlx_cm.schedules import DiscreteSchedule
 
-Jump = Callable[[mx.array, float, float], mx.array]  # g(x, t, s) -> x_s
+Time = mx.array | float  # a level for all images, or one for each, shape (B,); samplers use numbers, losses arrays
+Jump = Callable[[mx.array, Time, Time], mx.array]  # g(x, t, s) -> x_s
 Constraint = Callable[[mx.array, float], mx.array]  # (x_t, t) -> x_t with its known part put in
 
 
@@ -120,9 +121,9 @@ def trajectory_jump(net: Network, schedule: DiscreteSchedule, **cond) -> Jump:
     [TCD] equation 8; one step of DDIM.
     """
 
-    def jump(x: mx.array, t: int, s: int) -> mx.array:
+    def jump(x: mx.array, t: Time, s: Time) -> mx.array:
         x0, noise = predicted_x0_and_noise(net, schedule, x, t, **cond)
-        alpha_s, sigma_s = schedule.marginal(s)
+        alpha_s, sigma_s = discrete_marginal(schedule, s)
         return alpha_s * x0 + sigma_s * noise
 
     return jump
@@ -133,17 +134,17 @@ def consistency_jump(f: Denoiser, **cond) -> Jump:
     return lambda x, t, s: f(x, t, **cond)
 
 
-def ode_slope(denoise: Denoiser, x: mx.array, t: float, cond: dict) -> mx.array:
+def ode_slope(denoise: Denoiser, x: mx.array, t: Time, cond: dict) -> mx.array:
     """dx/dt = (x - D(x, t)) / t, the probability flow.
 
     [EDM] equation 3 with sigma(t) = t.
     """
-    return (x - denoise(x, t, **cond)) / t
+    return (x - denoise(x, t, **cond)) / per_image(t)
 
 
 def euler_jump(denoise: Denoiser, **cond) -> Jump:
     """One first-order step of the probability flow: x_s = x + (s - t) dx/dt."""
-    return lambda x, t, s: x + (s - t) * ode_slope(denoise, x, t, cond)
+    return lambda x, t, s: x + per_image(s - t) * ode_slope(denoise, x, t, cond)
 
 
 def heun_jump(denoise: Denoiser, **cond) -> Jump:
@@ -152,11 +153,16 @@ def heun_jump(denoise: Denoiser, **cond) -> Jump:
     [EDM] algorithm 1; the step to 0 is Euler's, since the slope there is not defined.
     """
 
-    def jump(x: mx.array, t: float, s: float) -> mx.array:
-        slope = ode_slope(denoise, x, t, cond)
-        x_s = x + (s - t) * slope
-        if s == 0:
+    def jump(x: mx.array, t: Time, s: Time) -> mx.array:
+        slope, step = ode_slope(denoise, x, t, cond), per_image(s - t)
+        x_s = x + step * slope
+        if isinstance(s, mx.array):  # some may be 0: those images take t's slope twice, whatever is found at `defined`
+            defined = mx.where(s == 0, t, s)
+            slope_s = mx.where(per_image(s) == 0, slope, ode_slope(denoise, x_s, defined, cond))
+        elif s == 0:
             return x_s
-        return x + (s - t) * (slope + ode_slope(denoise, x_s, s, cond)) / 2
+        else:
+            slope_s = ode_slope(denoise, x_s, s, cond)
+        return x + step * (slope + slope_s) / 2
 
     return jump

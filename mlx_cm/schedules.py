@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_cm.errors import UsageError
@@ -180,6 +181,24 @@ class DiscreteSchedule:
         """(alpha, sigma) with x_t = alpha * x_0 + sigma * noise; (1, 0) at CLEAN."""
         product = 1.0 if t == CLEAN else float(self.alphas_cumprod[t])
         return math.sqrt(product), math.sqrt(1 - product)
+
+    @cached_property
+    def _marginal_table(self) -> mx.array:
+        """`marginal` of CLEAN and of every timestep, float32, shape (num_train_timesteps + 1, 2)."""
+        levels = range(CLEAN, self.num_train_timesteps)
+        return mx.array(np.array([self.marginal(t) for t in levels], dtype=np.float32))
+
+    def marginals(self, timesteps: mx.array) -> tuple[mx.array, mx.array]:
+        """`marginal` of a timestep per image, rounded to float32 at the very end.
+
+        Args:
+            timesteps: integers, each CLEAN or 0 ... T-1, shape (B,).
+
+        Returns:
+            (alpha, sigma), each of shape (B, 1, 1, 1), float32.
+        """
+        alpha, sigma = mx.split(self._marginal_table[timesteps.reshape(-1, 1, 1) - CLEAN], 2, axis=-1)
+        return alpha, sigma
 
     def lcm_timesteps(
         self, steps: int, *, strength: float = 1.0, original_inference_steps: int | None = None

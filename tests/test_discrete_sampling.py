@@ -63,6 +63,17 @@ def test_variance_is_preserved(fields):
         assert alpha**2 + sigma**2 == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.parametrize("fields", SCHEDULES)
+def test_a_timestep_per_image_has_the_marginal_of_that_timestep(fields):
+    schedule = DiscreteSchedule(**{"original_inference_steps": 7} | fields)
+    timesteps = [schedule.t_max, CLEAN, 0, 31, 31]
+    found = schedule.marginals(mx.array(timesteps))
+    expected = np.array([schedule.marginal(t) for t in timesteps], dtype=np.float32).T
+    for ours, column in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (mx.float32, (5, 1, 1, 1))
+        assert np.array_equal(np.array(ours).reshape(-1), column)  # to the last bit, though 1 - a_t cancels
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
@@ -192,6 +203,16 @@ def test_scalings_are_the_schedulers(timestep_scaling):
         assert lcm_scalings(t, 0.5, timestep_scaling) == pytest.approx([float(c) for c in theirs], rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("timestep_scaling", [10.0, 0.01])
+def test_scalings_of_a_timestep_per_image(timestep_scaling):
+    timesteps = [0, 1, 19, 259, 999]
+    found = lcm_scalings(mx.array(timesteps), 0.5, timestep_scaling)
+    expected = np.array([lcm_scalings(t, 0.5, timestep_scaling) for t in timesteps]).T
+    for ours, column in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (mx.float32, (5, 1, 1, 1))
+        np.testing.assert_allclose(np.array(ours).reshape(-1), column, rtol=5e-7)
+
+
 def test_scalings_are_the_identity_at_timestep_zero():
     assert lcm_scalings(0, 0.5, 10.0) == (1.0, 0.0)
 
@@ -223,6 +244,52 @@ def test_half_precision_states_are_computed_in_float32():
     f = latent_consistency_function(net, DiscreteSchedule())
     assert f(mx.ones(SHAPE, mx.float16), 259).dtype == mx.float32
     assert asked == [(mx.float32, mx.float32, (1,))]
+
+
+def wavy(x: mx.array, t: mx.array) -> mx.array:
+    """A network that tells images of one batch apart by their timestep."""
+    return mx.tanh(1.3 * x + t.reshape(-1, 1, 1, 1) / 700) - 0.2 * x
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_timestep_per_image_is_that_image_alone(prediction_type):
+    schedule = DiscreteSchedule(prediction_type=prediction_type)
+    x, starts, ends = mx.random.normal((3, *SHAPE[1:]), key=mx.random.key(3)), (999, 259, 1), (499, 0, CLEAN)
+    f, g = latent_consistency_function(wavy, schedule), trajectory_jump(wavy, schedule)
+    t, s = mx.array(starts), mx.array(ends)
+    together = (*predicted_x0_and_noise(wavy, schedule, x, t), f(x, t), g(x, t, s))
+    for image, (one, other) in enumerate(zip(starts, ends, strict=True)):
+        x_one = x[image : image + 1]
+        alone = (*predicted_x0_and_noise(wavy, schedule, x_one, one), f(x_one, one), g(x_one, one, other))
+        for ours, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(np.array(ours[image]), np.array(expected[0]), rtol=2e-6, atol=1e-6)
+
+
+def test_one_timestep_for_all_images_is_a_number():
+    """Samplers pay for no gathering, and what they compute does not depend on how losses compute."""
+    asked = []
+    g = trajectory_jump(lambda x, t: asked.append(t.tolist()) or x, DiscreteSchedule())
+    g(mx.ones((3, *SHAPE[1:])), 259, 0)
+    g(mx.ones((3, *SHAPE[1:])), mx.array([259, 4, 0]), mx.array([1, 0, CLEAN]))
+    assert asked == [[259.0], [259.0, 4.0, 0.0]]
+
+
+@pytest.mark.parametrize("timesteps", [259, [999, 259]])
+def test_the_networks_gradient_passes(timesteps):
+    """d/da of mean f with the network a * x: c_out times what a prediction of noise makes of it, in float64."""
+    schedule = DiscreteSchedule()
+    x = mx.random.normal((2, *SHAPE[1:]), key=mx.random.key(5))
+    t = timesteps if isinstance(timesteps, int) else mx.array(timesteps)
+
+    def mean(a: mx.array) -> mx.array:
+        return latent_consistency_function(lambda x, t: a * x, schedule)(x, t).mean()
+
+    factors = []
+    for timestep in np.broadcast_to(timesteps, 2).tolist():
+        alpha, sigma = schedule.marginal(timestep)
+        factors.append(-lcm_scalings(timestep, 0.5, schedule.timestep_scaling)[1] * sigma / alpha)
+    expected = (np.array(factors).reshape(-1, 1, 1, 1) * np.array(x, dtype=np.float64)).mean()
+    assert mx.grad(mean)(mx.array(0.7)).item() == pytest.approx(expected, rel=1e-4)
 
 
 # --- samplers

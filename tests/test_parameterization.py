@@ -192,6 +192,34 @@ def test_the_last_step_to_zero_is_the_denoiser(jump):
     np.testing.assert_allclose(np.array(ours), np.array(analytic_denoiser(x, 0.7)), atol=1e-6)
 
 
+@pytest.mark.parametrize("jump", [euler_jump, heun_jump])
+def test_levels_per_image_are_that_image_alone(jump):
+    """Also where one image of the batch jumps to 0, at which the slope is not defined."""
+    g = jump(edm_denoiser(lambda x, t: mx.sin(x) + 0.001 * t.reshape(-1, 1, 1, 1), KarrasSchedule()))
+    x = mx.random.normal((4, 3, 2, 3), key=mx.random.key(7))
+    starts, ends = (80.0, 1.5, 0.002, 0.7), (17.0, 0.0, 0.0, 0.002)
+    together = g(x, mx.array(starts), mx.array(ends))
+    for image, (t, s) in enumerate(zip(starts, ends, strict=True)):
+        alone = g(x[image : image + 1], t, s)[0]
+        np.testing.assert_allclose(np.array(together[image]), np.array(alone), rtol=3e-6, atol=3e-6)
+    mixed = g(x, 90.0, mx.array(ends))
+    np.testing.assert_allclose(np.array(mixed[1:2]), np.array(g(x[1:2], 90.0, 0.0)), rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("jump", [euler_jump, heun_jump])
+@pytest.mark.parametrize("end", [0.0, 0.5])
+def test_gradients_through_a_jump_to_zero_are_finite(jump, end):
+    """A slope that is not defined must not reach a gradient either: 0 times NaN is NaN."""
+
+    def mean(a: mx.array) -> mx.array:
+        denoise = edm_denoiser(lambda x, t: a * x + 0.001 * t.reshape(-1, 1, 1, 1), KarrasSchedule(), clip=False)
+        return jump(denoise)(mx.ones((2, 3, 2, 3)), mx.array([2.0, 1.0]), mx.array([end, 0.5])).mean()
+
+    step = 1e-2
+    expected = (mean(mx.array(0.3 + step)) - mean(mx.array(0.3 - step))).item() / (2 * step)
+    assert mx.grad(mean)(mx.array(0.3)).item() == pytest.approx(expected, rel=2e-3)
+
+
 def test_an_edm_network_solves_the_flow():
     schedule = KarrasSchedule()
     net = network_of(analytic_denoiser, lambda t: edm_scalings(t, schedule.sigma_data))
