@@ -10,6 +10,9 @@ Sources cited in docstrings:
     [TCD]  Zheng et al.: Trajectory Consistency Distillation, arXiv 2402.19159
     [LDM]  Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752
     [ADM]  Dhariwal, Nichol: Diffusion Models Beat GANs on Image Synthesis, arXiv 2105.05233
+    [iCT]  Song, Dhariwal: Improved Techniques for Training Consistency Models, arXiv 2310.14189
+    [ECT]  Geng, Pokle, Luo, Lin, Kolter: Consistency Models Made Easy, arXiv 2406.14548
+    [LPIPS] Zhang et al.: The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, arXiv 1801.03924
 """
 
 import importlib
