@@ -4,12 +4,18 @@ On a GPU (Metal, CUDA) these are MLX's own kernels. MLX's CPU build has no vecto
 functions and accumulates rows serially, so there the same mathematics is arranged differently.
 """
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 
 # Sizes of the heads that Metal's fused attention takes. With others it stores all scores of a layer, silently: hundreds
 # of megabytes on the widest maps of a Stable Diffusion U-Net, whose heads are 40 wide.
 FUSED_HEAD_SIZES = (64, 80, 96, 128)
+# On a CPU MLX computes transcendental functions value by value, sums and products many at a time. So up to this many
+# values they are made of the latter, two to three times faster; beyond, on the maps of large pictures, the intermediate
+# arrays would take too much memory.
+IN_ARITHMETIC = 2**22
 
 
 def on_gpu() -> bool:
@@ -69,18 +75,79 @@ def _group_norm_sums(x: mx.array, groups: int, eps: float) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x). One fused kernel on a GPU; on a CPU compiling it would call g++ at run time for no gain."""
-    return nn.silu(x) if on_gpu() else x * mx.sigmoid(x)
+    """x * sigmoid(x). One fused kernel on a GPU; on a CPU compiling it would call g++ at run time."""
+    return nn.silu(x) if on_gpu() else _gated(x, 1.0)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x Phi(x) with the exact normal distribution function."""
-    return nn.gelu(x) if on_gpu() else x * (1 + mx.erf(x * 2**-0.5)) * 0.5
+    if on_gpu():
+        return nn.gelu(x)
+    if x.size > IN_ARITHMETIC:
+        return x * (1 + mx.erf(x * 2**-0.5)) * 0.5
+    wide = x.astype(mx.float32)
+    size = mx.abs(wide)
+    return (0.5 * wide + size * (0.5 - _normal_tail(size))).astype(x.dtype)
 
 
 def quick_gelu(x: mx.array) -> mx.array:
     """x * sigmoid(1.702 x), the approximation of OpenAI's CLIP."""
-    return nn.gelu_fast_approx(x) if on_gpu() else x * mx.sigmoid(1.702 * x)
+    return nn.gelu_fast_approx(x) if on_gpu() else _gated(x, 1.702)
+
+
+def _gated(x: mx.array, steepness: float) -> mx.array:
+    """x * sigmoid(steepness * x) on a CPU."""
+    if x.size > IN_ARITHMETIC:
+        return x * mx.sigmoid(steepness * x)
+    wide = x.astype(mx.float32)
+    return (wide / (1 + _exp(-steepness * wide))).astype(x.dtype)
+
+
+# exp(x) = 2^k exp(r) with k whole and |r| <= ln(2) / 2; a polynomial in r after Cephes' expf.
+_EXP_RANGE = (-87.0, 88.0)  # of results that are normal float32 numbers
+_LOG2_E = 1.4426950408889634
+_LN2 = (0.693359375, -2.12194440e-4)  # ln 2 = the sum; the first has few enough bits to multiply exactly
+_ROUNDING = 1.5 * 2**23  # added to a small number, leaves of it the nearest whole one, in the lowest bits
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+@mx.custom_function
+def _exp(x: mx.array) -> mx.array:
+    """exp(x) of float32 in basic arithmetic, to 1e-7 relative; ends at exp(-87) and exp(88)."""
+    x = mx.clip(x, *_EXP_RANGE)
+    shifted = x * _LOG2_E + _ROUNDING
+    whole = shifted - _ROUNDING
+    rest = x - whole * _LN2[0] - whole * _LN2[1]
+    total = _EXP[0]
+    for coefficient in _EXP[1:]:
+        total = total * rest + coefficient
+    total = total * mx.square(rest) + rest + 1
+    return total * ((shifted.view(mx.int32) + 127) << 23).view(mx.float32)  # 2^k, from its bits
+
+
+@_exp.vjp
+def _exp_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
+
+
+# Abramowitz, Stegun: Handbook of Mathematical Functions, 7.1.26: erfc(z) = P(t) exp(-z^2) with t = 1 / (1 + p z).
+_TAIL_P = 0.3275911
+_TAIL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+@mx.custom_function
+def _normal_tail(z: mx.array) -> mx.array:
+    """1 - Phi(z) of float32 z >= 0, to 1e-7 absolute."""
+    t = 1 / (1 + (_TAIL_P * 2**-0.5) * z)
+    total = _TAIL[0]
+    for coefficient in _TAIL[1:]:
+        total = total * t + coefficient
+    return 0.5 * total * t * _exp(-0.5 * mx.square(z))
+
+
+@_normal_tail.vjp
+def _normal_tail_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return -((2 * math.pi) ** -0.5) * cotangent * _exp(-0.5 * mx.square(primal))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None) -> mx.array:
@@ -99,7 +166,18 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
         mask = mx.maximum(mask.astype(q.dtype), mx.finfo(q.dtype).min / 2)  # half: room for the score added to it
     if on_metal():
         return padded_attention(q, k, v, scale, mask, fused_head_size(q.shape[-1]))
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if not on_gpu() and q.dtype == mx.float32 and mask is None and scores <= IN_ARITHMETIC:
+        return _attention_in_arithmetic(q, k, v, scale)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def _attention_in_arithmetic(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """The same attention with its softmax in basic arithmetic."""
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    # The largest score cancels, so no gradient has to pass through it.
+    weights = _exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return (weights @ v) / weights.sum(axis=-1, keepdims=True)
 
 
 def fused_head_size(size: int) -> int:
