@@ -21,6 +21,7 @@ from mlx_cm.model_folder import (
     ModelIndex,
     build_model,
     check_names_and_shapes,
+    class_of,
     read_model_index,
     read_schedule,
     stored_quantization,
@@ -42,6 +43,8 @@ PUBLISHED = {
 WEIGHTS_METADATA = {"format": "pt"}
 LAYOUT = {"_diffusers_version": "0.42.1"}  # whose layout and fields these are; its loaders look for it
 DERIVED_FIELDS = {"AutoencoderTiny": ("block_out_channels",)}  # which diffusers makes from others itself
+# Fields of this program alone => what they are in the models that diffusers has.
+OWN_FIELDS = {"UNet2D": {"trajectory": False}}
 TOKENIZER = "CLIPTokenizer"
 # Components that diffusers' pipelines have a place for and that these models do without.
 NOTHING = [None, None]
@@ -88,6 +91,9 @@ def _tensors(folder: Path) -> tuple[Any, list[TensorSource]]:
     if stored_quantization(folder) is not None:
         raise UsageError(str(folder), "is quantised, which diffusers cannot read", "export the model it was made from")
     model = build_model(folder)
+    for name, value in OWN_FIELDS.get(class_of(model.config), {}).items():
+        if getattr(model.config, name) != value:
+            raise ModelError(str(folder), f"{name} is {getattr(model.config, name)}, which diffusers has no model for")
     tensors = open_checkpoint(folder).tensors
     check_names_and_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, str(folder))
     return model.config, [replace(to_channels_first(tensor), name=name) for name, tensor in tensors.items()]
@@ -103,7 +109,8 @@ def _write_component(folder: Path, kind: str, config: Any, tensors: Iterable[Ten
     folder.mkdir(parents=True, exist_ok=True)
     library, published = _class_there(kind, config)
     head = {"_class_name": published, **LAYOUT} if library == DIFFUSERS else {"model_type": "clip_text_model"}
-    values = {name: value for name, value in config_to_dict(config).items() if name not in DERIVED_FIELDS.get(kind, ())}
+    absent = {*DERIVED_FIELDS.get(kind, ()), *OWN_FIELDS.get(kind, ())}
+    values = {name: value for name, value in config_to_dict(config).items() if name not in absent}
     write_json(folder / CONFIG, head | values)
     write_safetensors(folder / PUBLISHED[kind][2], tensors, WEIGHTS_METADATA)
 

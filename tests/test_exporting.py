@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from latent_models import make_text_encoder, make_tiny_vae, make_unet, make_vae, text_state, tokenizer
-from tiny_models import make_pipeline, shared_unet
+from tiny_models import CONDITIONAL, make_pipeline, shared_unet
 from transformers import CLIPTextModel
 
+from mlx_cm.config import config_from_dict
 from mlx_cm.convert import Options, convert, export
 from mlx_cm.errors import DiskError, ModelError, UsageError
-from mlx_cm.model_folder import MODEL_INDEX
+from mlx_cm.model_folder import MODEL_INDEX, ModelIndex, tensor_sources, write_component, write_model_index
+from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NOTHING = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -179,6 +181,15 @@ def test_refusals(native, tmp_path):
             export(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_trajectory_network_is_refused(tmp_path):
+    config = config_from_dict(UNet2DConfig, CONDITIONAL | {"trajectory": True}, "test")
+    write_component(tmp_path / "ours", config, tensor_sources(UNet2D(config)))
+    write_model_index(tmp_path / "ours", ModelIndex("UNet2D", {".": "UNet2D"}, {}, {}, {}))
+    with pytest.raises(ModelError, match="trajectory is True, which diffusers has no model for"):
+        export(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_overwriting(native, tmp_path):

@@ -13,11 +13,13 @@ from diffusers.models import attention_processor, downsampling, embeddings, resn
 from mlx.utils import tree_flatten
 from parity import TOLERANCE, channels_last, copy_weights, parameter_count, randomise, relative_error
 from tiny_models import CONDITIONAL, UNCONDITIONAL, make_unet, native_unet
+from trajectory_reference import make_trajectory_unet
 
 from mlx_cm import backend
 from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.errors import ModelError
 from mlx_cm.models.layers import (
+    Condition,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -92,6 +94,50 @@ def test_unet_as_diffusers(name):
     assert relative_error(ours, theirs) < TOLERANCE
 
 
+TRAJECTORIES = {
+    "conditional": CONDITIONAL,
+    "unconditional": UNCONDITIONAL,
+    "three levels": CONDITIONAL | THREE,
+    "convolutions resample": LAYOUTS["convolutions resample"],
+    "odd widths": LAYOUTS["odd widths"],
+    "sines first": LAYOUTS["sines first"] | {"freq_shift": 1, "time_embedding_dim": 22},
+}
+
+
+def native_trajectory_unet(reference) -> UNet2D:
+    config = config_from_dict(UNet2DConfig, dict(reference.config) | {"trajectory": True}, "test")
+    return copy_weights(UNet2D(config), reference)
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_a_second_level_as_ctm(name):
+    config = TRAJECTORIES[name]
+    reference = make_trajectory_unet(config, seed=2)
+    model = native_trajectory_unet(reference)
+    x = drawn(1, 3, 3, 12, 16)
+    t, s = torch.tensor([1095.5067, 80.9, -3.0]), torch.tensor([80.9, -1553.65, -3.0])
+    labels = labels_for(config, 3)
+    given = {} if labels is None else {"class_labels": mx.array(labels)}
+    ours = model(channels_last(x), mx.array(t.numpy()), s=mx.array(s.numpy()), **given)
+    theirs = reference.forward_to(x, t, s, None if labels is None else torch.tensor(labels))
+    assert relative_error(ours, theirs) < TOLERANCE
+    other = model(channels_last(x), mx.array(t.numpy()), s=mx.array(t.numpy()), **given)
+    assert mx.linalg.norm(other - ours) > 1e-3 * mx.linalg.norm(ours)
+
+
+def test_one_level_to_jump_to_for_all_images():
+    model = native_trajectory_unet(make_trajectory_unet(UNCONDITIONAL))
+    x, t = channels_last(drawn(1, 2, 3, 8, 8)), mx.array([5.0, 7.0])
+    assert mx.array_equal(model(x, t, s=mx.array(3.0)), model(x, t, s=mx.array([3.0, 3.0])))
+
+
+@pytest.mark.parametrize(("trajectory", "s"), [(True, None), (False, 1.0)])
+def test_a_second_level_where_it_belongs(trajectory, s):
+    model = UNet2D(config_from_dict(UNet2DConfig, UNCONDITIONAL | {"trajectory": trajectory}, "test"))
+    with pytest.raises(ValueError, match="s: "):
+        model(mx.zeros((1, 8, 8, 3)), mx.array([1.0]), s=None if s is None else mx.array([s]))
+
+
 @pytest.mark.parametrize("name", ["conditional", "three levels unconditional", "convolutions resample", "odd widths"])
 def test_each_block_as_diffusers(name):
     """Blocks alone, at odd sizes: a mistake that a later normalisation would hide shows here."""
@@ -100,12 +146,12 @@ def test_each_block_as_diffusers(name):
     model = native_unet(reference)
     widths = config["block_out_channels"]
     raw = drawn(2, 2, 4 * widths[0])
-    embedding = mx.array(torch.nn.functional.silu(raw).numpy())  # diffusers' blocks apply SiLU themselves
+    condition = Condition(mx.array(torch.nn.functional.silu(raw).numpy()))  # diffusers' blocks apply SiLU themselves
 
     x = drawn(3, 2, widths[0], 8, 12)
     states = [x]
     for ours, theirs in zip(model.down_blocks, reference.down_blocks, strict=True):
-        y, y_states = ours(channels_last(x), embedding)
+        y, y_states = ours(channels_last(x), condition)
         expected, expected_states = theirs(x, raw)
         assert relative_error(y, expected) < TOLERANCE
         assert len(y_states) == len(expected_states)
@@ -114,12 +160,12 @@ def test_each_block_as_diffusers(name):
         x, states = expected, [*states, *expected_states]
 
     odd = drawn(4, 2, widths[-1], 7, 5)
-    assert relative_error(model.mid_block(channels_last(odd), embedding), reference.mid_block(odd, raw)) < TOLERANCE
+    assert relative_error(model.mid_block(channels_last(odd), condition), reference.mid_block(odd, raw)) < TOLERANCE
 
     for ours, theirs in zip(model.up_blocks, reference.up_blocks, strict=True):
         taken = states[-len(theirs.resnets) :]
         left = [channels_last(state) for state in states]
-        y = ours(channels_last(x), left, embedding)
+        y = ours(channels_last(x), left, condition)
         assert len(left) == len(states) - len(taken)
         x, states = theirs(x, tuple(taken), raw), states[: -len(taken)]
         assert relative_error(y, x) < TOLERANCE
@@ -224,7 +270,7 @@ def test_published_sizes(config, parameters, tensors):
     model = UNet2D(config)  # nothing is evaluated, so nothing is allocated
     assert parameter_count(model) == (parameters, tensors)
     with torch.device("meta"):
-        reference = UNet2DModel(**config_to_dict(config))
+        reference = UNet2DModel(**{k: v for k, v in config_to_dict(config).items() if k != "trajectory"})
     theirs = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
     ours = {
         name: (value.shape[0], value.shape[3], *value.shape[1:3]) if value.ndim == 4 else tuple(value.shape)
@@ -282,7 +328,7 @@ def test_half_precision(config, dtype, tolerance):
 
 def test_what_openais_half_precision_leaves_alone_stays_float32():
     """Of `UNetModel`, `convert_to_fp16` casts the blocks; what is outside them it does not touch."""
-    model = UNet2D(config_from_dict(UNet2DConfig, CONDITIONAL, "test"))
+    model = UNet2D(config_from_dict(UNet2DConfig, CONDITIONAL | {"trajectory": True}, "test"))
     outside = {name for name in model if isinstance(model[name], nn.Module)} - {"mid_block", "conv_in"}
     assert set(UNet2D.float32_parts) == outside
 
@@ -329,6 +375,7 @@ CONFIG_FAULTS = [
     ({"time_embedding_dim": 0}, "time_embedding_dim"),
     ({"time_embedding_dim": -4}, "time_embedding_dim"),
     ({"freq_shift": 8}, "freq_shift"),
+    ({"trajectory": 1}, "trajectory"),
     ({"cross_attention_dim": 768}, "cross_attention_dim"),
     ({"add_attention": 1}, "add_attention"),
 ]
@@ -431,7 +478,8 @@ def test_every_setting_of_the_config_is_tried():
     fixed = {"sample_size", "num_train_timesteps", "time_embedding_type", "mid_block_type", "act_fn"}
     fixed |= {"class_embed_type", "mid_block_scale_factor"}
     fields = set(UNet2DConfig.__dataclass_fields__) - fixed
-    built = [config_from_dict(UNet2DConfig, layout, "test") for layout in LAYOUTS.values()]
+    layouts = [*LAYOUTS.values(), CONDITIONAL | {"trajectory": True}]  # `test_a_second_level_as_ctm`
+    built = [config_from_dict(UNet2DConfig, layout, "test") for layout in layouts]
     unvaried = {
         name for name in fields if all(getattr(a, name) == getattr(b, name) for a, b in itertools.pairwise(built))
     }

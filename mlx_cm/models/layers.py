@@ -1,6 +1,7 @@
 """Layers that more than one backbone is made of. Parameter names are diffusers' names, arrays are channels-last."""
 
 import math
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -106,16 +107,25 @@ def downsample_mean(x: mx.array) -> mx.array:
 RESAMPLERS = {"up": upsample_nearest, "down": downsample_mean}
 
 
+class Condition(NamedTuple):
+    """What a residual block is told beside its map."""
+
+    embedding: mx.array  # of noise level and class, already through SiLU, (B, E)
+    embedding_s: mx.array | None = None  # of the level a trajectory model jumps to, likewise
+
+
 class ResnetBlock2D(nn.Module):
     """Residual block conditioned on an embedding of noise level and class.
 
-    [ADM] appendix A; the reference is OpenAI's `ResBlock`, the names are diffusers'.
+    [ADM] appendix A; the reference is OpenAI's `ResBlock`, the names are diffusers'. With a second level [CTM]'s, whose
+    released code has `emb_layers_s` for what is `time_emb_proj_s` here.
 
     Args:
         in_channels, out_channels: the 1x1 shortcut exists where they differ.
         embedding_channels: width of the embedding; None for a block without one.
         groups, eps: of both normalisations.
         scale_shift: the embedding scales and shifts the second normalisation instead of being added before it.
+        trajectory: there is a second embedding, whose projection is added to the first one's.
         resample: "up" or "down" also doubles or halves height and width, None keeps them.
     """
 
@@ -128,21 +138,25 @@ class ResnetBlock2D(nn.Module):
         groups: int = 32,
         eps: float = 1e-5,
         scale_shift: bool = False,
+        trajectory: bool = False,
         resample: str | None = None,
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if embedding_channels is not None:
-            self.time_emb_proj = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+            projected_channels = out_channels * (2 if scale_shift else 1)
+            self.time_emb_proj = nn.Linear(embedding_channels, projected_channels)
+            if trajectory:
+                self.time_emb_proj_s = nn.Linear(embedding_channels, projected_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
         self.scale_shift, self.resample = scale_shift, resample
 
-    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
-        """x (B, H, W, C), embedding (B, E) already through SiLU => (B, H', W', C')."""
+    def __call__(self, x: mx.array, embedding: mx.array | None = None, embedding_s: mx.array | None = None) -> mx.array:
+        """x (B, H, W, C), embeddings as in `Condition` => (B, H', W', C')."""
         h = backend.silu(self.norm1(x))
         if self.resample is not None:
             h, x = RESAMPLERS[self.resample](h), RESAMPLERS[self.resample](x)
@@ -150,7 +164,10 @@ class ResnetBlock2D(nn.Module):
         if embedding is None:
             h = self.norm2(h)
         else:
-            projected = self.time_emb_proj(embedding)[:, None, None, :]
+            projected = self.time_emb_proj(embedding)
+            if embedding_s is not None:
+                projected = projected + self.time_emb_proj_s(embedding_s)
+            projected = projected[:, None, None, :]
             if self.scale_shift:
                 scale, shift = mx.split(projected, 2, axis=-1)
                 h = self.norm2(h) * (1 + scale) + shift
@@ -172,7 +189,8 @@ class Downsample2D(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
-    def __call__(self, x: mx.array, embedding: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) => (B, H', W', C), half of either side."""
         if self.padding == 0:
             x = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
         return self.conv(x)
@@ -185,7 +203,7 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, embedding: mx.array | None = None, size: tuple[int, int] | None = None) -> mx.array:
+    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
         """(B, H, W, C) => (B, 2H, 2W, C), or (B, *size, C) where a map of odd size had been halved to H, W."""
         if size is None or tuple(size) == (2 * x.shape[1], 2 * x.shape[2]):
             return self.conv(x, upsample=True)

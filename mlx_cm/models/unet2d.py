@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from mlx_cm import backend
 from mlx_cm.models.layers import (
+    Condition,
     Conv2d,
     Downsample2D,
     GroupNorm,
@@ -89,6 +90,7 @@ class UNet2DConfig:
     act_fn: str = "silu"
     class_embed_type: str | None = None
     mid_block_scale_factor: float = 1.0
+    trajectory: bool = False  # [CTM]'s network, told a second level; a field of this program alone
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -157,6 +159,7 @@ class UNet2DConfig:
             groups=self.norm_num_groups,
             eps=self.norm_eps,
             scale_shift=self.scale_shift,
+            trajectory=self.trajectory,
             resample=resample,
         )
 
@@ -191,6 +194,11 @@ LSUN_256 = UNet2DConfig(
 )
 
 
+def _resampled(resampler: ResnetBlock2D | Downsample2D | Upsample2D, x: mx.array, condition: Condition) -> mx.array:
+    """Convolutions that halve or double are told nothing."""
+    return resampler(x, *condition) if isinstance(resampler, ResnetBlock2D) else resampler(x)
+
+
 class DownBlock2D(nn.Module):
     """One resolution level on the way down: residual blocks, attention behind each where the kind has it, halving."""
 
@@ -208,16 +216,16 @@ class DownBlock2D(nn.Module):
                 else Downsample2D(out_channels, padding=config.downsample_padding)
             ]
 
-    def __call__(self, x: mx.array, embedding: mx.array) -> tuple[mx.array, list[mx.array]]:
+    def __call__(self, x: mx.array, condition: Condition) -> tuple[mx.array, list[mx.array]]:
         """(B, H, W, C) => ((B, H/2, W/2, C'), the states that the way up takes in)."""
         states = []
         for resnet, attention in zip(self.resnets, self.get("attentions", [None] * len(self.resnets)), strict=True):
-            x = resnet(x, embedding)
+            x = resnet(x, *condition)
             if attention is not None:
                 x = attention(x)
             states.append(x)
         for downsampler in self.get("downsamplers", []):
-            x = downsampler(x, embedding)
+            x = _resampled(downsampler, x, condition)
             states.append(x)
         return x, states
 
@@ -232,11 +240,12 @@ class MidBlock2D(nn.Module):
         if config.add_attention:
             self.attentions = [config.attention(width, config.mid_attention_groups)]
 
-    def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
-        x = self.resnets[0](x, embedding)
+    def __call__(self, x: mx.array, condition: Condition) -> mx.array:
+        """(B, H, W, C) => (B, H, W, C)."""
+        x = self.resnets[0](x, *condition)
         for attention in self.get("attentions", []):
             x = attention(x)
-        return self.resnets[1](x, embedding)
+        return self.resnets[1](x, *condition)
 
 
 class UpBlock2D(nn.Module):
@@ -266,25 +275,25 @@ class UpBlock2D(nn.Module):
                 config.resnet(out_channels, out_channels, resample="up") if by_resnet else Upsample2D(out_channels)
             ]
 
-    def __call__(self, x: mx.array, states: list[mx.array], embedding: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, states: list[mx.array], condition: Condition) -> mx.array:
         """Takes its states from the end of the list: (B, H, W, C) => (B, 2H, 2W, C')."""
         for resnet, attention in zip(self.resnets, self.get("attentions", [None] * len(self.resnets)), strict=True):
-            x = resnet(mx.concatenate([x, states.pop()], axis=-1), embedding)
+            x = resnet(mx.concatenate([x, states.pop()], axis=-1), *condition)
             if attention is not None:
                 x = attention(x)
         for upsampler in self.get("upsamplers", []):
-            x = upsampler(x, embedding)
+            x = _resampled(upsampler, x, condition)
         return x
 
 
 class UNet2D(nn.Module):
-    """F(x, t): the network inside a pixel-space consistency model or its diffusion teacher.
+    """F(x, t): the network inside a pixel-space consistency model or its diffusion teacher; F(x, t, s) of [CTM]'s.
 
-    [ADM] section 3; checkpoints of [CM]. Sizes from thousands of parameters to 526 M by config.
+    [ADM] section 3; checkpoints of [CM] and [CTM]. Sizes from thousands of parameters to 526 M by config.
     """
 
     # Half-precision checkpoints keep these in float32: the embedding decides the picture, the head writes it.
-    float32_parts = ("time_embedding", "class_embedding", "conv_norm_out", "conv_out")
+    float32_parts = ("time_embedding", "time_embedding_s", "class_embedding", "conv_norm_out", "conv_out")
 
     def __init__(self, config: UNet2DConfig):
         super().__init__()
@@ -292,6 +301,8 @@ class UNet2D(nn.Module):
         widths = config.block_out_channels
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], config.embedding_channels)
+        if config.trajectory:
+            self.time_embedding_s = TimestepEmbedding(widths[0], config.embedding_channels)
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.embedding_channels)
 
@@ -312,49 +323,61 @@ class UNet2D(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, t: mx.array, class_labels: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, t: mx.array, class_labels: mx.array | None = None, s: mx.array | None = None
+    ) -> mx.array:
         """One evaluation of the network.
 
         Args:
             x: scaled input, shape (B, H, W, in_channels).
             t: conditioning value of the noise level (`log_sigma_conditioning`), shape (B,), or one for all.
             class_labels: integers, shape (B,); needed by a class-conditional model.
+            s: conditioning value of the level to jump to, like t; needed by a trajectory model.
 
         Returns:
             F, shape (B, H, W, out_channels), float32.
 
         Raises:
-            ValueError: class labels are missing, or given to an unconditional model.
+            ValueError: class labels or s are missing, or given to a model that has no use for them.
         """
-        embedding = self.embed(mx.broadcast_to(t, (x.shape[0],)), class_labels)
         dtype = self.conv_in.weight.dtype
-        x, embedding = x.astype(dtype), backend.silu(embedding).astype(dtype)
+        levels = (None if level is None else mx.broadcast_to(level, (x.shape[0],)) for level in (t, s))
+        condition = Condition(
+            *(None if e is None else backend.silu(e).astype(dtype) for e in self.embed(*levels, class_labels))
+        )
+        x = x.astype(dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)
         states = [x]
         for block in self.down_blocks:
-            x, new_states = block(x, embedding)
+            x, new_states = block(x, condition)
             states += new_states
-        x = self.mid_block(x, embedding)
+        x = self.mid_block(x, condition)
         for block in self.up_blocks:
-            x = block(x, states, embedding)
+            x = block(x, states, condition)
         x = backend.silu(self.conv_norm_out(x.astype(mx.float32)))
         return self.conv_out(x)
 
-    def embed(self, t: mx.array, class_labels: mx.array | None) -> mx.array:
-        """Embedding of noise level and class, float32 in, shape (B, embedding_channels)."""
-        if (class_labels is None) == ("class_embedding" in self):
-            raise ValueError(
-                "class_labels are needed by this class-conditional model"
-                if class_labels is None
-                else "class_labels were given to an unconditional model"
-            )
-        sinusoid = sinusoidal_embedding(
-            t,
+    def embed(self, t: mx.array, s: mx.array | None, class_labels: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """Embedding of noise level and class, and that of s where there is one; (B, embedding_channels), float32 in."""
+        for name, given, part, kind in (
+            ("class_labels", class_labels, "class_embedding", "class-conditional"),
+            ("s", s, "time_embedding_s", "trajectory"),
+        ):
+            if (given is None) == (part in self):
+                raise ValueError(
+                    f"{name}: needed by this {kind} model" if given is None else f"{name}: this is no {kind} model"
+                )
+        embedding = self.time_embedding(self._sinusoid(t))
+        if class_labels is not None:
+            embedding = embedding + self.class_embedding(class_labels)
+        return embedding, None if s is None else self.time_embedding_s(self._sinusoid(s))
+
+    def _sinusoid(self, level: mx.array) -> mx.array:
+        return sinusoidal_embedding(
+            level,
             self.config.block_out_channels[0],
             flip_sin_to_cos=self.config.flip_sin_to_cos,
             freq_shift=self.config.freq_shift,
         )
-        embedding = self.time_embedding(sinusoid)
-        return embedding if class_labels is None else embedding + self.class_embedding(class_labels)
