@@ -9,9 +9,9 @@ background that the caption names. Captions lie in `metadata.jsonl`, one line fo
 """
 
 import argparse
+import hashlib
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,15 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from mlx_cm.errors import MlxCmError, ModelError, UsageError
 from mlx_cm.storage import atomic_folder
-from recipes.emoji.captions import captions, emoji_characters, with_article
+from recipes.emoji.captions import (
+    FRAMES,
+    captions,
+    content,
+    emoji_characters,
+    held_out_captions,
+    on_background,
+    with_article,
+)
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # pixels per em of the bitmaps in the font, the only size it has
@@ -39,8 +47,6 @@ TINTS = {
     "light grey": (222, 222, 222),
     "turquoise": (186, 236, 230),
 }
-# Captions of augmented pictures: any name alone, or the main one, which is a noun, in a phrase.
-FRAMES = ("{name}", "{phrase}", "picture of {phrase}", "emoji of {phrase}")
 SMALLEST = 0.9  # scale of an augmented picture
 SHIFT = 3 / 64  # of an augmented picture to either side, as a part of its side
 TINTED = 0.75  # part of the augmented pictures that have a background
@@ -64,32 +70,38 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), FONT_SIZE)
     except OSError as error:
-        raise ModelError(str(path), f"cannot be read ({error})", "apt-get install fonts-noto-color-emoji") from None
+        raise ModelError(str(path), f"cannot be read ({error}); is fonts-noto-color-emoji installed?") from None
 
 
 def draw_glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
     """Draws an emoji on a transparent square with its visible part in the middle.
 
     Returns:
-        RGBA, `CELL` pixels wide and high; None where nothing is drawn, or several glyphs side by side because the
-        font does not know the sequence.
+        RGBA, `CELL` pixels wide and high; None where nothing is drawn, or more than one glyph: fonts lay the parts of
+        a sequence that they do not know side by side.
     """
     canvas = Image.new("RGBA", (3 * CELL, 3 * CELL))
     ImageDraw.Draw(canvas).text((CELL, CELL), text, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
-    if box is None or max(box[2] - box[0], box[3] - box[1]) > CELL:
+    if box is None or max(font.getlength(text), box[2] - box[0], box[3] - box[1]) > CELL:
         return None
     left, top = ((box[axis] + box[axis + 2] - CELL) // 2 for axis in (0, 1))
     return canvas.crop((left, top, left + CELL, top + CELL))
 
 
-def draw_emoji(font: ImageFont.FreeTypeFont, characters: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
-    """Draws what the font has of some emoji."""
+def draw_emoji(font: ImageFont.FreeTypeFont, characters: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
+    """Draws what the font has of some emoji; of several that look the same, the first."""
     missing = draw_glyph(font, UNASSIGNED)
+    seen = set() if missing is None else {_digest(missing)}
     for character in characters:
         glyph = draw_glyph(font, character)
-        if glyph is not None and (missing is None or glyph.tobytes() != missing.tobytes()):
+        if glyph is not None and _digest(glyph) not in seen:
+            seen.add(_digest(glyph))
             yield character, glyph
+
+
+def _digest(image: Image.Image) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def compose(glyph: Image.Image, size: int, placement: Placement) -> Image.Image:
@@ -106,16 +118,26 @@ def compose(glyph: Image.Image, size: int, placement: Placement) -> Image.Image:
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def augmented(names: Sequence[str], generator: np.random.Generator) -> tuple[Placement, str]:
-    """Draws a placement, and the caption that says what is seen in it."""
+def augmented(names: Sequence[str], tints: Sequence[str], generator: np.random.Generator) -> tuple[Placement, str]:
+    """Draws a placement, and the caption that says what is seen in it.
+
+    Args:
+        names: of the emoji, the main one first.
+        tints: the backgrounds it may have.
+    """
     scale = generator.uniform(SMALLEST, 1)
     shift = tuple(generator.uniform(-SHIFT, SHIFT, 2))
-    frame = FRAMES[generator.integers(len(FRAMES))]
-    caption = frame.format(name=names[generator.integers(len(names))], phrase=with_article(names[0]))
+    name, frame = (choices[generator.integers(len(choices))] for choices in (names, FRAMES))
+    caption = frame.format(name=name, phrase=with_article(names[0]))
     if generator.random() >= TINTED:
         return Placement(scale, shift), caption
-    tint = list(TINTS)[generator.integers(len(TINTS))]
-    return Placement(scale, shift, TINTS[tint]), f"{caption} on {with_article(tint)} background"
+    tint = tints[generator.integers(len(tints))]
+    return Placement(scale, shift, TINTS[tint]), on_background(caption, tint)
+
+
+def allowed_tints(names: Sequence[str], held_out: Set[frozenset[str]]) -> list[str]:
+    """The backgrounds of an emoji, less those that a held-out caption puts it on under any of its names."""
+    return [tint for tint in TINTS if not any(content(on_background(name, tint)) in held_out for name in names)]
 
 
 def file_stem(character: str) -> str:
@@ -140,15 +162,17 @@ def render(folder: Path, font: Path, *, size: int, augment: int, seed: int, sequ
     """
     glyphs = dict(draw_emoji(open_font(font), emoji_characters(sequences)))
     if not glyphs:
-        raise ModelError(str(font), "has no emoji that can be drawn", "apt-get install fonts-noto-color-emoji")
+        raise ModelError(str(font), "has no emoji that can be drawn")
+    held_out = {content(caption) for caption in held_out_captions()}
     lines = []
     for character, names in captions(glyphs).items():
         stem = file_stem(character)
+        tints = allowed_tints(names, held_out)
         compose(glyphs[character], size, Placement()).save(folder / f"{stem}.png")
         lines += [(f"{stem}.png", name) for name in names]
         for index in range(1, augment + 1):
             generator = np.random.default_rng([seed, index, *map(ord, character)])
-            placement, caption = augmented(names, generator)
+            placement, caption = augmented(names, tints, generator)
             compose(glyphs[character], size, placement).save(folder / f"{stem}_{index}.png")
             lines.append((f"{stem}_{index}.png", caption))
     text = "".join(
@@ -182,7 +206,7 @@ def main() -> None:
                 sequences=arguments.sequences,
             )
     except MlxCmError as error:
-        sys.exit(f"error: {error}" + (f"\ntry: {error.hint}" if error.hint else ""))
+        parser.exit(error.exit_code, f"error: {error}\n")
     print(f"{arguments.out}: {emoji} emoji, {pictures} pictures, {lines} captions")
 
 

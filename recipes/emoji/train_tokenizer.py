@@ -8,7 +8,6 @@ bytes are joined.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from tokenizers.trainers import BpeTrainer
 from mlx_cm.errors import MlxCmError, ModelError, UsageError
 from mlx_cm.storage import atomic_folder, write_json
 from mlx_cm.tokenizer import END_OF_WORD, ROLES, WORDS, CLIPTokenizer
+from recipes.emoji.captions import held_out_captions
 
-HELD_OUT = Path(__file__).parent / "held_out.txt"
 METADATA = "metadata.jsonl"
 MERGES_VERSION = "#version: 0.2"
 BYTES = 256
@@ -36,7 +35,7 @@ def read_captions(data: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ModelError(str(path), f"cannot be read ({error.strerror})", "run recipes/emoji/render.py first") from None
+        raise ModelError(str(path), f"cannot be read ({error.strerror}); render.py writes it") from None
     return [json.loads(line)["text"] for line in lines]
 
 
@@ -66,18 +65,14 @@ def train_vocabulary(texts: Iterable[str], size: int) -> tuple[dict[str, int], l
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    alphabet += [character + END_OF_WORD for character in alphabet]
     trainer = BpeTrainer(
-        vocab_size=size - len(specials),
-        initial_alphabet=alphabet[:BYTES],
-        end_of_word_suffix=END_OF_WORD,
-        show_progress=False,
+        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    tokens = dict.fromkeys([*alphabet, *map("".join, merges)])
-    tokens = [*list(tokens)[: size - len(specials)], *specials]
-    return {token: id for id, token in enumerate(tokens)}, [pair for pair in merges if "".join(pair) in tokens]
+    # The trainer counts only those bytes that do end a word; CLIP's vocabulary has all of them.
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][: size - least]
+    tokens = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *map("".join, merges), *specials]
+    return {token: id for id, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
@@ -103,7 +98,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args()
     try:
-        texts = [*read_captions(arguments.data), *HELD_OUT.read_text(encoding="utf-8").splitlines()]
+        texts = [*read_captions(arguments.data), *held_out_captions()]
         with atomic_folder(arguments.out, overwrite=arguments.overwrite) as folder:
             write_tokenizer(folder, *train_vocabulary(texts, arguments.vocab_size), arguments.length)
             tokenizer = CLIPTokenizer.from_folder(folder)
@@ -111,7 +106,7 @@ def main() -> None:
             if tokenizer.count(longest) > arguments.length:
                 raise UsageError("--length", f"{longest!r} takes {tokenizer.count(longest)} tokens")
     except MlxCmError as error:
-        sys.exit(f"error: {error}" + (f"\ntry: {error.hint}" if error.hint else ""))
+        parser.exit(error.exit_code, f"error: {error}\n")
     print(f"{arguments.out}: {tokenizer.vocab_size} tokens; at most {tokenizer.count(longest)} in {longest!r}")
 
 
