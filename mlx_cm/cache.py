@@ -3,6 +3,7 @@
     <root>/models/<owner>--<name>/<commit>[-<variant>][+...]/    converted from the Hub
     <root>/local/<name>-<key>[-<variant>][+...]/                 converted from a file or folder of this machine
     <root>/listings/<owner>--<name>/                             which files a commit has, which commit a branch is
+    <root>/features/                                             what training computed once of pictures and captions
     <root>/locks/                                                one empty file per model that was ever converted
 
 The root is `$MLX_CM_CACHE`, else `$XDG_CACHE_HOME/mlx-cm`, else `~/.cache/mlx-cm`.
@@ -80,7 +81,7 @@ def local_entry(path: Path, variant: str | None = None) -> Path:
     source = Path(path)
     try:
         source = source.resolve(strict=True)
-        files = [source] if source.is_file() else sorted(_visible_files(source))
+        files = [source] if source.is_file() else sorted(visible_files(source))
         stats = [(str(file.relative_to(source)), file.stat()) for file in files]
     except FileNotFoundError as error:
         raise ModelError(str(path), f"{error.filename or path} does not exist") from None
@@ -92,8 +93,8 @@ def local_entry(path: Path, variant: str | None = None) -> Path:
     return cache_root() / _LOCAL / (f"{name or 'model'}-{key}" + (f"-{variant}" if variant else ""))
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` without the hidden ones, which file managers write as they please."""
+def visible_files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, links followed, without the hidden ones, which file managers write as they please."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

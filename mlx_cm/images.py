@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -99,15 +99,18 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, pad
 # --- pictures => arrays
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, file: BinaryIO | None = None) -> Image.Image:
     """Reads and decodes an image file, upright as its EXIF orientation says; of an animation, the first frame.
 
     Nothing but pixels and transparency is taken over: metadata of a source does not travel on into what is made of it.
 
+    Args:
+        file: the image's bytes, where they lie inside another file; `path` then only names it.
+
     Raises:
         ModelError: missing, corrupt, truncated, of an unknown format, or of more than 64 million pixels.
     """
-    with metadata.opened_image(path) as image:
+    with metadata.opened_image(path, file) as image:
         upright = ImageOps.exif_transpose(image)
         upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
         return upright
@@ -130,7 +133,7 @@ def from_pil(image: Image.Image, *, size: tuple[int, int] | None = None) -> mx.a
     """
     if size is not None and min(size) < 1:
         raise UsageError(f"size {size}", "expected a width and a height of at least 1")
-    image = _to_rgb(ImageOps.exif_transpose(image))
+    image = to_rgb(image)
     if size is not None and image.size != tuple(size):
         image = image.resize(size, Image.Resampling.LANCZOS)
     return mx.array(np.asarray(image, dtype=np.float32)[None] / 127.5 - 1)
@@ -138,11 +141,17 @@ def from_pil(image: Image.Image, *, size: tuple[int, int] | None = None) -> mx.a
 
 def picture_digest(image: Image.Image) -> str:
     """SHA-256 of what `from_pil` makes of a picture, by which it is known again in another file or format."""
-    pixels = _to_rgb(ImageOps.exif_transpose(image))
+    pixels = to_rgb(image)
     return hashlib.sha256(f"{pixels.width}x{pixels.height} ".encode() + pixels.tobytes()).hexdigest()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as models see it: upright, RGB, white behind what is transparent, 16-bit greyscale in its full range.
+
+    Raises:
+        ModelError: pixels without a known range (floating point, or whole numbers beyond 16 bits).
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "LAB"):
         raise ModelError("image", f"has pixels of type {image.mode}, which cannot be read as RGB", "save it as RGB")
     if image.mode.startswith("I"):  # Pillow itself would cut 16-bit values off at 255

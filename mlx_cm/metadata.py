@@ -12,10 +12,11 @@ Nothing in a file that was read is trusted: size, depth, types and numbers are c
 import contextlib
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -247,21 +248,50 @@ def write_sidecar(recipe: Mapping[str, Any], path: Path) -> None:
 # --- reading
 
 
+class _NoWarnings:
+    """Silences warnings while any thread is inside; `warnings.catch_warnings` alone, left by two threads in another
+    order than they entered, would leave them silenced."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self):
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: Any):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(*error)
+
+
+_no_warnings = _NoWarnings()
+
+
 @contextlib.contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
     """Opens an image file from outside; what goes wrong while it is open is an error that names the file.
+
+    Args:
+        file: the image's bytes, where they lie inside another file; `path` then only names it.
 
     Raises:
         ModelError: missing, corrupt, truncated, of an unknown format, or of more than 64 million pixels.
     """
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns where it guesses; the checks here decide
-            with Image.open(path, formats=READABLE_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                yield image
+        # Pillow warns where it guesses; the checks here decide.
+        with _no_warnings, Image.open(path if file is None else file, formats=READABLE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
     except MlxCmError:
         raise
     except Image.DecompressionBombError as error:

@@ -75,6 +75,7 @@ LAYERS = (
     ("mlx_cm.sources", "mlx_cm.memory"),
     ("mlx_cm.loading",),
     ("mlx_cm.inspection", "mlx_cm.rewriting"),
+    ("mlx_cm.training",),
     ("mlx_cm.cli",),
 )
 PARTS = 1
