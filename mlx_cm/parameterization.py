@@ -12,7 +12,10 @@ from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 
 Network = Callable[..., mx.array]  # net(x, t, **cond) -> F; x, F (B, H, W, C), t (B,)
 Denoiser = Callable[..., mx.array]  # f(x, t, **cond) -> x0; t a noise level, a number or shape (B,)
+Trajectory = Callable[..., mx.array]  # g(x, t, s, **cond), where s is another level, likewise
 Scalings = tuple[mx.array, mx.array, mx.array]
+
+LOWEST_LOG_SIGMA = math.log(7 * 2**-149)  # of 1e-44 as float32 has it; GPUs take so small a number for 0
 
 
 def per_image(t: mx.array | float) -> mx.array | float:
@@ -57,8 +60,9 @@ def log_sigma_conditioning(t: mx.array, scale: float) -> mx.array:
     """c_noise = scale * ln(sigma), float32, shape (B,).
 
     scale 250 for OpenAI's consistency models ([CM]: 1000 times [EDM]'s), 0.25 for [EDM] and the CIFAR-10 models.
+    A level of 0, to which a trajectory model may jump, counts as 1e-44: what the released codes add to sigma.
     """
-    return scale * mx.log(t.astype(mx.float32))
+    return scale * mx.maximum(mx.log(t.astype(mx.float32)), LOWEST_LOG_SIGMA)
 
 
 def lcm_scalings(
@@ -155,10 +159,57 @@ def edm_denoiser(net: Network, schedule: KarrasSchedule, *, noise_scale: float =
     return _preconditioned(net, lambda t: edm_scalings(t, schedule.sigma_data), noise_scale, clip)
 
 
+def trajectory_denoiser(net: Network, schedule: KarrasSchedule, *, noise_scale: float = 250.0) -> Trajectory:
+    """g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t), c_noise(s)), the scalings [EDM]'s.
+
+    [CTM] section 3.1: what a straight line from x at t through x_s meets at level 0. g(x, t, t) is the denoiser
+    E[x0 | x_t], g(x, t, 0) the end of the trajectory.
+
+    Args:
+        net: the network F, which takes s by name.
+        schedule: gives sigma_data.
+        noise_scale: of `log_sigma_conditioning`.
+
+    Returns:
+        g(x, t, s, **cond) in float32, shape (B, H, W, C); t and s numbers or of shape (B,).
+    """
+    denoise = edm_denoiser(net, schedule, noise_scale=noise_scale, clip=False)
+
+    def g(x: mx.array, t: mx.array | float, s: mx.array | float, **cond) -> mx.array:
+        return denoise(x, t, s=log_sigma_conditioning(_for_each(s, x), noise_scale), **cond)
+
+    return g
+
+
+def trajectory_function(net: Network, schedule: KarrasSchedule, *, noise_scale: float = 250.0) -> Trajectory:
+    """G(x, t, s) = (s/t) x + (1 - s/t) g(x, t, s), a jump along the probability flow from t to s; G(x, t, t) = x.
+
+    [CTM] section 3.1. Of the released code's settings those of the published models: `edm` inside, `euler` outside.
+
+    Args:
+        net, schedule, noise_scale: see `trajectory_denoiser`.
+
+    Returns:
+        G(x, t, s, **cond) -> x_s in float32, shape (B, H, W, C); t > 0 and s numbers or of shape (B,).
+    """
+    g = trajectory_denoiser(net, schedule, noise_scale=noise_scale)
+
+    def jump(x: mx.array, t: mx.array | float, s: mx.array | float, **cond) -> mx.array:
+        left = per_image(s / t)
+        return left * x.astype(mx.float32) + (1 - left) * g(x, t, s, **cond)
+
+    return jump
+
+
+def _for_each(t: mx.array | float, x: mx.array) -> mx.array:
+    """A level for every image of x, float32, shape (B,)."""
+    return mx.broadcast_to(mx.array(t, dtype=mx.float32), (x.shape[0],))
+
+
 def _preconditioned(net: Network, scalings: Callable[[mx.array], Scalings], noise_scale: float, clip: bool) -> Denoiser:
     def denoise(x: mx.array, t: mx.array | float, **cond) -> mx.array:
         x = x.astype(mx.float32)
-        t = mx.broadcast_to(mx.array(t, dtype=mx.float32), (x.shape[0],))
+        t = _for_each(t, x)
         c_skip, c_out, c_in = scalings(t)
         output = net(c_in * x, log_sigma_conditioning(t, noise_scale), **cond)
         x0 = c_skip * x + c_out * output.astype(mx.float32)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_cm.parameterization import Denoiser, Network, discrete_marginal, per_image, predicted_x0_and_noise
 from mlx_cm.rng import Noise
-from mlx_cm.schedules import DiscreteSchedule
+from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 
 Time = mx.array | float  # a level for all images, or one for each, shape (B,); samplers use numbers, losses arrays
 Jump = Callable[[mx.array, Time, Time], mx.array]  # g(x, t, s) -> x_s
@@ -112,6 +112,20 @@ def sample_tcd(
     Other arguments, options and result as for `sample_jumps`.
     """
     landings = [math.floor((1 - eta) * t_next) for t_next in (*times[1:], 0)]
+    return sample_jumps(g, x, times, landings, schedule, **options)
+
+
+def sample_ctm(
+    g: Jump, x: mx.array, times: Sequence[float], schedule: KarrasSchedule, *, eta: float, **options
+) -> mx.array:
+    """Gamma sampling: each jump lands between sigma_min and the next time, the last one on sigma_min.
+
+    [CTM] algorithm 2, there gamma; s = sqrt(1 - eta^2) (t_next - sigma_min) + sigma_min is its released code's. eta = 0
+    follows the trajectory, eta = 1 jumps to its end each time.
+    Other arguments, options and result as for `sample_jumps`.
+    """
+    kept = math.sqrt(1 - eta**2)  # written so that eta = 0 lands on the next time to the last bit, and draws nothing
+    landings = [kept * t_next + (1 - kept) * schedule.t_min for t_next in (*times[1:], schedule.t_min)]
     return sample_jumps(g, x, times, landings, schedule, **options)
 
 

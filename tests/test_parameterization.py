@@ -12,12 +12,21 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler
 
-from mlx_cm.parameterization import cm_scalings, consistency_function, edm_denoiser, edm_scalings
+from mlx_cm.parameterization import (
+    cm_scalings,
+    consistency_function,
+    edm_denoiser,
+    edm_scalings,
+    log_sigma_conditioning,
+    trajectory_denoiser,
+    trajectory_function,
+)
 from mlx_cm.rng import mlx_noise
 from mlx_cm.samplers import (
     consistency_jump,
     euler_jump,
     heun_jump,
+    sample_ctm,
     sample_multistep,
     sample_trajectory,
 )
@@ -124,6 +133,98 @@ def test_the_network_is_told_the_scaled_logarithm(noise_scale):
     f = consistency_function(lambda x, t: seen.append(t) or x, KarrasSchedule(), noise_scale=noise_scale)
     f(mx.ones((2, 2, 2, 3)), 80.0)
     assert seen[0].tolist() == pytest.approx([noise_scale * math.log(80.0)] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-44, 1e-20, 0.002, 80.0])
+def test_the_lowest_level_is_the_released_codes(level):
+    """OpenAI's and CTM's add 1e-44 to sigma; a level of 0 stays finite."""
+    theirs = 1000 * 0.25 * torch.log(torch.tensor([level]) + 1e-44)
+    ours = log_sigma_conditioning(mx.array([level]), 250.0)
+    if level > 1e-40:
+        np.testing.assert_allclose(np.array(ours), theirs.numpy(), rtol=1e-6)
+    else:  # so small a number may count as 0
+        assert ours.item() == pytest.approx(250 * math.log(1e-44), rel=1e-3)
+        assert theirs.item() == pytest.approx(250 * math.log(1e-44), rel=7e-3)
+
+
+# --- jumps of a trajectory model
+
+
+def analytic_trajectory(schedule: KarrasSchedule, noise_scale: float = 250.0):
+    """The network F whose jumps are the flow's: g = (x_s - (s/t) x) / (1 - s/t), the preconditioning undone."""
+
+    def net(scaled: mx.array, c_noise: mx.array, s: mx.array) -> mx.array:
+        t = mx.exp(c_noise / noise_scale)
+        c_skip, c_out, c_in = edm_scalings(t, schedule.sigma_data)
+        x, t, s = scaled / c_in, t.reshape(-1, 1, 1, 1), mx.exp(s / noise_scale).reshape(-1, 1, 1, 1)
+        x_s = MEAN + (x - MEAN) * mx.sqrt((DEVIATION**2 + s**2) / (DEVIATION**2 + t**2))
+        return ((x_s - s / t * x) / (1 - s / t) - c_skip * x) / c_out
+
+    return net
+
+
+def jumps(schedule: KarrasSchedule, noise_scale: float = 250.0):
+    return trajectory_function(analytic_trajectory(schedule, noise_scale), schedule, noise_scale=noise_scale)
+
+
+@pytest.mark.parametrize(("schedule", "noise_scale"), [(KarrasSchedule(), 250.0), (KarrasSchedule(sigma_data=1), 0.25)])
+def test_jumps_of_a_known_flow(schedule, noise_scale):
+    g = jumps(schedule, noise_scale)
+    x = mx.random.normal((3, 5, 4, 2), key=mx.random.key(9)) * mx.array([80.0, 5.0, 1.0]).reshape(-1, 1, 1, 1)
+    starts, ends = (80.0, 5.0, 0.7), (0.3, 0.002, 0.0)
+    together = g(x, mx.array(starts), mx.array(ends))
+    assert together.dtype == mx.float32
+    for image, (t, s) in enumerate(zip(starts, ends, strict=True)):
+        alone = g(x[image : image + 1], t, s)
+        np.testing.assert_allclose(np.array(alone), np.array(flow(x[image : image + 1], t, s)), rtol=2e-4, atol=1e-4)
+        np.testing.assert_allclose(np.array(together[image]), np.array(alone[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.002, 1.5, 80.0])
+def test_a_jump_to_where_one_stands_changes_nothing(t):
+    """To the last bit, whatever the network says."""
+    g = trajectory_function(lambda x, t, s: 1e4 * mx.sin(x) + s.reshape(-1, 1, 1, 1), KarrasSchedule())
+    x = 3 * mx.random.normal((2, 5, 4, 3), key=mx.random.key(0))
+    assert mx.array_equal(g(x, t, t), x)
+    assert mx.array_equal(g(x, mx.array([t, t]), mx.array([t, t])), x)
+
+
+def test_the_inside_of_a_jump_is_edms_denoiser():
+    """Of a network that does not look at s; and the jump to 0 is the inside alone."""
+    schedule = KarrasSchedule()
+
+    def net(x, t, s=None):
+        return mx.sin(2 * x) + t.reshape(-1, 1, 1, 1) / 1000
+
+    x, t = mx.random.normal((2, 3, 4, 3), key=mx.random.key(1)), mx.array([3.0, 0.2])
+    expected = edm_denoiser(net, schedule, clip=False)(x, t)
+    assert mx.array_equal(trajectory_denoiser(net, schedule)(x, t, mx.array([1.0, 0.0])), expected)
+    assert mx.array_equal(trajectory_function(net, schedule)(x, t, 0.0), expected)
+    assert not mx.allclose(trajectory_function(net, schedule)(x, t, 0.1), expected)
+
+
+def test_the_network_is_told_both_levels():
+    seen = []
+    g = trajectory_function(lambda x, t, s, label: seen.append((t, s, label)) or x, KarrasSchedule(), noise_scale=0.25)
+    g(mx.ones((2, 2, 2, 3), dtype=mx.float16), 80.0, mx.array([0.002, 0.0]), label=7)
+    ((t, s, label),) = seen
+    assert label == 7
+    assert t.tolist() == pytest.approx([0.25 * math.log(80)] * 2, rel=1e-6)
+    assert s.tolist() == pytest.approx([0.25 * math.log(0.002), 0.25 * math.log(1e-44)], rel=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("times", [(8.0,), (8.0, 1.0), (8.0, 3.0, 0.6)])
+def test_gamma_sampling_ends_in_the_data_distribution(times, eta):
+    schedule = KarrasSchedule(sigma_min=0.5, sigma_max=8.0)
+    noise = mlx_noise([11])
+    shape = (1, 300, 300, 1)
+    x = MEAN + math.sqrt(DEVIATION**2 + times[0] ** 2) * noise(shape, 0)
+    samples = np.array(sample_ctm(jumps(schedule), x, times, schedule, eta=eta, noise=noise), dtype=np.float64)
+    variance = DEVIATION**2 + schedule.sigma_min**2
+    count = samples.size
+    assert samples.mean() == pytest.approx(MEAN, abs=4 * math.sqrt(variance / count))
+    assert samples.var() == pytest.approx(variance, rel=4 * math.sqrt(2 / count))
 
 
 # --- consistency sampling of a known distribution

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 import torch
 from parity import channels_last
-from tiny_models import make_pipeline, native_unet, save_pipeline, shared_unet
+from tiny_models import CONDITIONAL, UNCONDITIONAL, make_pipeline, native_unet, save_pipeline, shared_unet
+from trajectory_reference import make_trajectory_unet, native_trajectory_unet
 
 import mlx_cm
 from mlx_cm.convert import Options, convert
-from mlx_cm.errors import OutputError, UsageError
-from mlx_cm.pipelines.pixel import NO_USE, SAMPLERS, ConsistencyModelPipeline, PixelSettings, label_of_seed
+from mlx_cm.errors import ModelError, OutputError, UsageError
+from mlx_cm.pipelines.pixel import (
+    NO_USE,
+    PARAMETERIZATIONS,
+    SAMPLERS,
+    ConsistencyModelPipeline,
+    PixelSettings,
+    label_of_seed,
+)
 from mlx_cm.presets import PRESETS, preset_of_repository
 from mlx_cm.rng import replay_noise
 from mlx_cm.schedules import KarrasSchedule
@@ -183,6 +191,99 @@ def test_a_teacher_takes_its_whole_grid_by_default():
     assert request.sampler == "heun"
     assert request.times == tuple(KarrasSchedule(num_scales=12).grid())
     assert len(pipe.resolve(steps=20).times) == 20  # a solver may go finer than the grid
+
+
+# --- against CTM
+
+TRAJECTORY_UNETS = {
+    "conditional": make_trajectory_unet(CONDITIONAL, 3),
+    "unconditional": make_trajectory_unet(UNCONDITIONAL, 3),
+}
+
+
+def trajectory_pipeline(kind: str, **settings) -> ConsistencyModelPipeline:
+    unet = native_trajectory_unet(TRAJECTORY_UNETS[kind])
+    return ConsistencyModelPipeline(unet, KarrasSchedule(), PixelSettings(parameterization="trajectory", **settings))
+
+
+def ctm_picture(kind: str, draws: list[torch.Tensor], steps: int, labels: list[int] | None, gamma: float) -> np.ndarray:
+    """`sample_exact` and `sample_gamma_multistep_` of sony/ctm around its jumps, written with torch, clipped last."""
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    sigmas = [float((high + i / steps * (low - high)) ** 7) for i in range(steps + 1)]
+
+    def conditioning(sigma: float) -> torch.Tensor:
+        return torch.full((len(draws[0]),), 1000 * 0.25 * math.log(sigma + 1e-44))
+
+    def jump(x: torch.Tensor, t: float, s: float) -> torch.Tensor:
+        total = t**2 + 0.5**2
+        given = None if labels is None else torch.tensor(labels)
+        output = TRAJECTORY_UNETS[kind].forward_to(x / math.sqrt(total), conditioning(t), conditioning(s), given)
+        inner = 0.5**2 / total * x + t * 0.5 / math.sqrt(total) * output
+        return s / t * x + (1 - s / t) * inner
+
+    x = draws[0] * 80.0
+    for i in range(steps):
+        s = math.sqrt(1 - gamma**2) * (sigmas[i + 1] - 0.002) + 0.002
+        x = jump(x, sigmas[i], s)
+        if i < steps - 1 and gamma:
+            x = x + math.sqrt(sigmas[i + 1] ** 2 - s**2) * draws[i + 1]
+    return (x.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("eta", [None, 0, 0.3, 1])
+@pytest.mark.parametrize("steps", [None, 1, 2, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trajectory_as_ctm(kind, steps, eta):
+    labels = labels_of(kind, 2)
+    generator = torch.Generator().manual_seed(4)
+    draws = [torch.randn((2, 3, 16, 16), generator=generator) for _ in range(steps or 1)]
+    theirs = ctm_picture(kind, draws, steps or 1, labels, eta or 0)
+    pipe = trajectory_pipeline(kind)
+    request = pipe.resolve(labels=labels, count=2, steps=steps, eta=eta)
+    assert (request.sampler, len(request.times), request.eta) == ("ctm", steps or 1, eta or 0)
+    x0 = np.array(pipe.sample(request, noise=replay_noise([channels_last(draw) for draw in draws])))
+    ours = np.clip(x0 / 2 + 0.5, 0, 1)
+    assert theirs.std() > 0.05
+    assert np.abs(ours - theirs).max() < LEVEL
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 3, "eta": 0.4}, {"times": "80,2.24", "eta": 1.0}])
+def test_a_trajectory_models_recipe_makes_the_picture_again(settings):
+    pipe = trajectory_pipeline("conditional")
+    request = pipe.resolve(seed=5, **settings)
+    recipe = json.loads(json.dumps(pipe.recipe(request)))
+    repeated = {"labels": recipe["label"], **{name: recipe[name] for name in ("times", "sampler", "eta", "seed")}}
+    assert pipe.resolve(**repeated) == request
+    assert picture_bytes(pipe.generate(**repeated)) == picture_bytes(pipe.generate(seed=5, **settings))
+
+
+def test_noise_put_in_again_changes_the_picture():
+    pipe = trajectory_pipeline("unconditional")
+    made = [picture_bytes(pipe.generate(steps=2, eta=eta)) for eta in (0, 0.5, 1)]
+    assert made[0] != made[1] != made[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "multistep"}, "this model is a trajectory model; expected auto, ctm"),
+        ({"eta": -0.1}, "eta -0.1: expected 0 to 1"),
+        ({"eta": math.nan}, "eta nan: expected 0 to 1"),
+        ({"steps": 0}, "steps 0: expected at least 1"),
+    ],
+)
+def test_refused_of_a_trajectory_model(settings, message):
+    with pytest.raises(UsageError, match=message):
+        trajectory_pipeline("unconditional").resolve(**settings)
+
+
+def test_a_network_is_told_as_many_levels_as_its_settings_say():
+    network = native_trajectory_unet(TRAJECTORY_UNETS["unconditional"])
+    with pytest.raises(ModelError, match="unet: is told the level to jump to, so it is not a consistency model"):
+        ConsistencyModelPipeline(network, KarrasSchedule())
+    with pytest.raises(ModelError, match="unet: is told no level to jump to, so it is not a trajectory model"):
+        pipeline("unconditional", parameterization="trajectory")
 
 
 # --- determinism
@@ -397,6 +498,8 @@ REFUSED = [  # kind, settings, message
     ("unconditional", {"rng": "numpy"}, "rng 'numpy': expected one of mlx, torch"),
     ("unconditional", {"sampler": "heun"}, "sampler 'heun': this model is a consistency model"),
     ("unconditional", {"sampler": "lcm"}, "sampler 'lcm'"),
+    ("unconditional", {"sampler": "ctm"}, "sampler 'ctm': this model is a consistency model"),
+    ("unconditional", {"eta": 0.3}, "eta: the multistep sampler has no such setting"),
     ("unconditional", {"sampler": "onestep", "steps": 2}, "steps 2: the onestep sampler makes 1"),
     ("unconditional", {"batch_size": 0}, "batch_size 0"),
 ]
@@ -488,4 +591,6 @@ def test_a_picture_that_is_none_is_refused(value, says):
 
 
 def test_every_sampler_serves_a_parameterization():
-    assert {sampler.parameterization for sampler in SAMPLERS.values()} == {"consistency", "edm"}
+    assert {sampler.parameterization for sampler in SAMPLERS.values()} == set(PARAMETERIZATIONS)
+    for name, row in PARAMETERIZATIONS.items():
+        assert SAMPLERS[row.sampler].parameterization == name

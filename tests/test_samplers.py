@@ -15,6 +15,7 @@ from mlx_cm.samplers import (
     euler_jump,
     heun_jump,
     renoise,
+    sample_ctm,
     sample_jumps,
     sample_multistep,
     sample_trajectory,
@@ -104,6 +105,26 @@ def test_levels_and_landings_reach_the_jump_in_order():
     calls.clear()
     sample_jumps(g, x, (80, 5, 1), (2, 1, 0.5), schedule, noise=Recorded())
     assert calls == [(80, 2), (5, 1), (1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("eta", "landings", "draws"),
+    [
+        (0.0, [5, 1, 0.002], []),
+        (0.6, [0.8 * (5 - 0.002) + 0.002, 0.8 * (1 - 0.002) + 0.002, 0.002], [1, 2]),
+        (1.0, [0.002, 0.002, 0.002], [1, 2]),
+    ],
+)
+def test_ctm_lands_between_the_next_time_and_the_end(eta, landings, draws):
+    noise, landed = Recorded(), []
+
+    def g(x, t, s):
+        landed.append(s)
+        return x
+
+    sample_ctm(g, mx.zeros(SHAPE), (80, 5, 1), KarrasSchedule(), eta=eta, noise=noise)
+    assert landed == pytest.approx(landings, rel=1e-12)
+    assert [index for _, index in noise.asked] == draws
 
 
 def test_every_time_has_a_landing():

@@ -13,7 +13,7 @@ from diffusers.models import attention_processor, downsampling, embeddings, resn
 from mlx.utils import tree_flatten
 from parity import TOLERANCE, channels_last, copy_weights, parameter_count, randomise, relative_error
 from tiny_models import CONDITIONAL, UNCONDITIONAL, make_unet, native_unet
-from trajectory_reference import make_trajectory_unet
+from trajectory_reference import make_trajectory_unet, native_trajectory_unet
 
 from mlx_cm import backend
 from mlx_cm.config import config_from_dict, config_to_dict
@@ -102,11 +102,6 @@ TRAJECTORIES = {
     "odd widths": LAYOUTS["odd widths"],
     "sines first": LAYOUTS["sines first"] | {"freq_shift": 1, "time_embedding_dim": 22},
 }
-
-
-def native_trajectory_unet(reference) -> UNet2D:
-    config = config_from_dict(UNet2DConfig, dict(reference.config) | {"trajectory": True}, "test")
-    return copy_weights(UNet2D(config), reference)
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)

@@ -7,7 +7,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
-from parity import randomise
+from parity import copy_weights, randomise
+
+from mlx_cm.config import config_from_dict
+from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
 
 
 class TrajectoryUNet(UNet2DModel):
@@ -42,3 +45,9 @@ def make_trajectory_unet(config: dict, seed: int = 0) -> TrajectoryUNet:
         if isinstance(block, ResnetBlock2D):
             block.time_emb_proj_s = torch.nn.Linear(width, block.time_emb_proj.out_features)
     return randomise(unet, seed)
+
+
+def native_trajectory_unet(reference: TrajectoryUNet) -> UNet2D:
+    """Our U-Net with the same config and weights."""
+    config = config_from_dict(UNet2DConfig, dict(reference.config) | {"trajectory": True}, "test")
+    return copy_weights(UNet2D(config), reference)

@@ -22,6 +22,7 @@ from mlx_cm.models.unet2d_condition import PromptContext
 from mlx_cm.parameterization import Network, latent_consistency_function
 from mlx_cm.pipelines.request import (
     alone,
+    check_eta,
     check_rng,
     pictures,
     refuse_settings,
@@ -60,7 +61,7 @@ class Sampler:
 
     jump: Callable[[Network, DiscreteSchedule], Jump]
     sample: Callable[..., mx.array]
-    takes_eta: bool = False
+    eta: float | None = None  # the default; None: there is no such setting
 
 
 def _lcm_jump(net: Network, schedule: DiscreteSchedule) -> Jump:
@@ -69,7 +70,7 @@ def _lcm_jump(net: Network, schedule: DiscreteSchedule) -> Jump:
 
 SAMPLERS = {
     "lcm": Sampler(_lcm_jump, sample_multistep),
-    "tcd": Sampler(trajectory_jump, sample_tcd, takes_eta=True),
+    "tcd": Sampler(trajectory_jump, sample_tcd, eta=TCD_ETA),
 }
 
 
@@ -405,14 +406,7 @@ class LatentConsistencyPipeline:
             raise UsageError(f"sampler {sampler!r}", f"expected auto, {', '.join(SAMPLERS)}")
         if own is not None and sampler != own:
             raise UsageError(f"sampler {sampler!r}", f"this model was distilled for {own}; another one gives grain")
-        if not SAMPLERS[sampler].takes_eta:
-            if eta is not None:
-                raise UsageError("eta", f"the {sampler} sampler has no such setting")
-            return sampler, None
-        eta = TCD_ETA if eta is None else float(eta)
-        if not 0 <= eta <= 1:
-            raise UsageError(f"eta {eta}", "expected 0 to 1")
-        return sampler, eta
+        return sampler, check_eta(sampler, eta, SAMPLERS[sampler].eta)
 
     def _listed_times(self, times: str | Sequence[int] | None) -> tuple[int, ...] | None:
         """The timesteps given; None where they are to be chosen."""
@@ -675,7 +669,7 @@ class LatentConsistencyPipeline:
         start, extra, constrain = self._start(request, shown, noise)
         net = self._network(context, request.guidance_scale, extra)
         sampler = SAMPLERS[request.sampler]
-        options = {"eta": request.eta} if sampler.takes_eta else {}
+        options = {} if request.eta is None else {"eta": request.eta}
         jump = sampler.jump(net, self.schedule)
         return sampler.sample(
             jump, start, request.times, self.schedule, noise=noise, callback=callback, constrain=constrain, **options

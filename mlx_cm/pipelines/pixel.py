@@ -1,5 +1,6 @@
 """Pixel-space consistency models and their diffusion teachers: from labels and seeds to pictures."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,20 @@ import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
-from mlx_cm.errors import UsageError
+from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.images import to_pil
 from mlx_cm.model_folder import weights_digest
-from mlx_cm.parameterization import Denoiser, Network, consistency_function, edm_denoiser
+from mlx_cm.parameterization import (
+    Denoiser,
+    Network,
+    Trajectory,
+    consistency_function,
+    edm_denoiser,
+    trajectory_function,
+)
 from mlx_cm.pipelines.request import (
     alone,
+    check_eta,
     check_rng,
     pictures,
     refuse_settings,
@@ -31,6 +40,7 @@ from mlx_cm.samplers import (
     consistency_jump,
     euler_jump,
     heun_jump,
+    sample_ctm,
     sample_multistep,
     sample_trajectory,
 )
@@ -41,9 +51,9 @@ from mlx_cm.schedules import KarrasSchedule, karras_sigmas
 class PixelSettings:
     """How a checkpoint is to be used; the `sampler` section of its model index."""
 
-    parameterization: str = "consistency"  # or "edm", a diffusion teacher
+    parameterization: str = "consistency"  # or another of PARAMETERIZATIONS
     noise_scale: float = 250.0  # of the conditioning on ln(sigma)
-    clip_denoised: bool = True  # clip every x0 to [-1, 1]
+    clip_denoised: bool = True  # clip every x0 to [-1, 1]; where a trajectory model lands is none, and stays
     preset: str | None = None  # of mlx_cm.presets
 
     def __post_init__(self):
@@ -51,6 +61,16 @@ class PixelSettings:
             raise ValueError(f"parameterization {self.parameterization!r}, expected one of {list(PARAMETERIZATIONS)}")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r}, expected one of {list(PRESETS)}")
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """What a network is the inside of."""
+
+    title: str
+    make: Callable[..., Denoiser | Trajectory]  # (net, schedule, noise_scale=...)
+    sampler: str  # the default
+    clips: bool = True  # whether `make` takes `clip`
 
 
 @dataclass(frozen=True)
@@ -62,16 +82,21 @@ class Sampler:
     parameterization: str
     calls_per_step: int = 1  # of the network
     max_steps: int | None = None
+    eta: float | None = None  # the default; None: there is no such setting
 
 
-PARAMETERIZATIONS: dict[str, Callable[..., Denoiser]] = {"consistency": consistency_function, "edm": edm_denoiser}
+PARAMETERIZATIONS = {
+    "consistency": Parameterization("a consistency model", consistency_function, "multistep"),
+    "edm": Parameterization("a diffusion teacher", edm_denoiser, "heun"),
+    "trajectory": Parameterization("a trajectory model", trajectory_function, "ctm", clips=False),
+}
 SAMPLERS = {
     "onestep": Sampler(consistency_jump, sample_multistep, "consistency", max_steps=1),
     "multistep": Sampler(consistency_jump, sample_multistep, "consistency"),
     "heun": Sampler(heun_jump, sample_trajectory, "edm", calls_per_step=2),
     "euler": Sampler(euler_jump, sample_trajectory, "edm"),
+    "ctm": Sampler(functools.partial, sample_ctm, "trajectory", eta=0.0),
 }
-DEFAULT_SAMPLERS = {"consistency": "multistep", "edm": "heun"}
 
 # Settings of other pipelines, and why this one has no use for them.
 NO_USE = {
@@ -81,7 +106,6 @@ NO_USE = {
     "image": "this model starts from noise",
     "strength": "this model starts from noise",
     "mask": "this model starts from noise",
-    "eta": "this model's samplers have no such setting",
     "original_steps": "this model's steps are levels of its own grid",
     "prompt_weights": "this model has no text encoder",
     "tiled": "this model has no autoencoder",
@@ -99,6 +123,7 @@ class Request:
     labels: tuple[int, ...] | None  # one per image; None for an unconditional model
     times: tuple[float, ...]
     sampler: str
+    eta: float | None
     rng: str
 
 
@@ -110,6 +135,9 @@ class ConsistencyModelPipeline:
         schedule: its noise levels.
         settings: how it is used.
         provenance: what `model_index.json` says of where it comes from.
+
+    Raises:
+        ModelError: the network is told another number of levels than the settings say.
     """
 
     def __init__(
@@ -122,14 +150,18 @@ class ConsistencyModelPipeline:
         self.backbone, self.schedule = backbone, schedule
         self.settings = settings or PixelSettings()
         self.provenance = provenance or {}
+        check_levels(backbone.config.trajectory, self.settings)
 
     @property
-    def denoiser(self) -> Denoiser:
-        """f(x, t, class_labels=...) -> x0: the consistency function, or the teacher's denoiser."""
-        make = PARAMETERIZATIONS[self.settings.parameterization]
-        return make(
-            self.backbone, self.schedule, noise_scale=self.settings.noise_scale, clip=self.settings.clip_denoised
-        )
+    def function(self) -> Denoiser | Trajectory:
+        """What the network is the inside of.
+
+        f(x, t, class_labels=...) -> x0, the consistency function or the teacher's denoiser; or of a trajectory model
+        G(x, t, s, class_labels=...) -> x_s.
+        """
+        row = PARAMETERIZATIONS[self.settings.parameterization]
+        options = {"clip": self.settings.clip_denoised} if row.clips else {}
+        return row.make(self.backbone, self.schedule, noise_scale=self.settings.noise_scale, **options)
 
     def generate(
         self,
@@ -140,6 +172,7 @@ class ConsistencyModelPipeline:
         seed: int | Sequence[int] = 0,
         count: int = 1,
         sampler: str = "auto",
+        eta: float | None = None,
         rng: str = "mlx",
         noise: Noise | None = None,
         callback: Callback | None = None,
@@ -157,6 +190,7 @@ class ConsistencyModelPipeline:
             seed: one, or several; each makes `count` images.
             count: images per seed.
             sampler: "auto", or one of SAMPLERS.
+            eta: of the ctm sampler, how much noise is put in again, [0, 1]; None: 0.
             rng: "mlx", or "torch" for the draws of PyTorch's CPU generator.
             noise: a source of all draws instead, for a batch of all images.
             callback: called after each step of each batch.
@@ -170,7 +204,7 @@ class ConsistencyModelPipeline:
             OutputError: a picture is not finite, or blank.
         """
         request = self.resolve(
-            labels=labels, steps=steps, times=times, seed=seed, count=count, sampler=sampler, rng=rng, **others
+            labels=labels, steps=steps, times=times, seed=seed, count=count, sampler=sampler, eta=eta, rng=rng, **others
         )
         if noise is None:
             results = self.iterate(request, callback=callback, batch_size=batch_size)
@@ -213,6 +247,7 @@ class ConsistencyModelPipeline:
             "steps": len(request.times),
             "times": list(request.times),
             "sampler": request.sampler,
+            "eta": request.eta,
             "seed": alone(request.seeds),
             "rng": request.rng,
             "width": config.sample_size,
@@ -235,8 +270,9 @@ class ConsistencyModelPipeline:
         cond = {} if request.labels is None else {"class_labels": mx.array(request.labels)}
         shape = (len(request.seeds), config.sample_size, config.sample_size, config.in_channels)
         x = request.times[0] * noise(shape, 0)
-        jump = sampler.jump(self.denoiser, **cond)
-        return sampler.sample(jump, x, request.times, self.schedule, noise=noise, callback=callback)
+        jump = sampler.jump(self.function, **cond)
+        options = {} if request.eta is None else {"eta": request.eta}
+        return sampler.sample(jump, x, request.times, self.schedule, noise=noise, callback=callback, **options)
 
     def resolve(
         self,
@@ -247,6 +283,7 @@ class ConsistencyModelPipeline:
         seed: int | Sequence[int] = 0,
         count: int = 1,
         sampler: str = "auto",
+        eta: float | None = None,
         rng: str = "mlx",
         **others: Any,
     ) -> Request:
@@ -264,11 +301,12 @@ class ConsistencyModelPipeline:
         check_rng(rng)
         seeds, labels = self._seeds_and_labels(seed, count, labels)
         sampler = self._resolve_sampler(sampler)
+        eta = check_eta(sampler, eta, SAMPLERS[sampler].eta)
         times = self.resolve_times(times, steps)
         limit = SAMPLERS[sampler].max_steps
         if limit is not None and len(times) > limit:
             raise UsageError(f"steps {len(times)}", f"the {sampler} sampler makes {limit}", "--sampler multistep")
-        return Request(seeds, labels, times, sampler, rng)
+        return Request(seeds, labels, times, sampler, eta, rng)
 
     def resolve_times(self, times: str | float | Sequence[float] | None, steps: int | None) -> tuple[float, ...]:
         """The noise levels to visit.
@@ -276,8 +314,7 @@ class ConsistencyModelPipeline:
         Args:
             times: levels; or text: "auto", "80,1.38" (levels), "grid:0,22" (indices of the model's grid), or the name
                 of a preset; None is "auto".
-            steps: how many; None: what `times` says, for "auto" one for a consistency model and the whole grid for a
-                teacher.
+            steps: how many; None: what `times` says, for "auto" the whole grid for a teacher and else one.
 
         Raises:
             UsageError: not understood, outside the model's range, or not as many as `steps`.
@@ -317,10 +354,16 @@ class ConsistencyModelPipeline:
 
     def _times_of_steps(self, steps: int | None) -> tuple[float, ...]:
         schedule = self.schedule
-        if self.settings.parameterization == "edm":
-            # A solver's grid is as fine as the steps it makes; one step has no interval to be spread over.
-            levels = karras_sigmas(steps or schedule.num_scales, schedule.sigma_min, schedule.sigma_max, schedule.rho)
+
+        def spread(count: int) -> tuple[float, ...]:
+            levels = karras_sigmas(count, schedule.sigma_min, schedule.sigma_max, schedule.rho)
             return tuple(float(level) for level in levels)
+
+        # A grid as fine as the steps that are made; one step has no interval to be spread over.
+        if self.settings.parameterization == "edm":
+            return spread(steps or schedule.num_scales)
+        if self.settings.parameterization == "trajectory":
+            return spread((steps or 1) + 1)[:-1]  # the last level is where the last jump lands
         preset = PRESETS.get(self.settings.preset)
         if preset is not None and preset.indices is not None:
             published = schedule.times_at(preset.indices)
@@ -331,11 +374,11 @@ class ConsistencyModelPipeline:
     def _resolve_sampler(self, sampler: str) -> str:
         parameterization = self.settings.parameterization
         if sampler == "auto":
-            return DEFAULT_SAMPLERS[parameterization]
+            return PARAMETERIZATIONS[parameterization].sampler
         fitting = [name for name, row in SAMPLERS.items() if row.parameterization == parameterization]
         if sampler not in fitting:
-            kind = {"consistency": "a consistency model", "edm": "a diffusion teacher"}[parameterization]
-            raise UsageError(f"sampler {sampler!r}", f"this model is {kind}; expected auto, {', '.join(fitting)}")
+            title = PARAMETERIZATIONS[parameterization].title
+            raise UsageError(f"sampler {sampler!r}", f"this model is {title}; expected auto, {', '.join(fitting)}")
         return sampler
 
     def _seeds_and_labels(self, seed, count: int, labels) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -354,6 +397,21 @@ class ConsistencyModelPipeline:
         if len(labels) != len(seeds):
             raise UsageError(f"{len(labels)} labels", f"expected one, or one for each of the {len(seeds)} images")
         return seeds, tuple(labels)
+
+
+def check_levels(trajectory: bool, settings: PixelSettings) -> None:
+    """Refuses a network that is told another number of levels than how it is to be used needs.
+
+    Args:
+        trajectory: whether it is told two.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    if trajectory != (settings.parameterization == "trajectory"):
+        title = PARAMETERIZATIONS[settings.parameterization].title
+        told = "the level to jump to" if trajectory else "no level to jump to"
+        raise ModelError("unet", f"is told {told}, so it is not {title}")
 
 
 def _checked_labels(labels: int | Iterable[int], classes: int) -> list[int]:

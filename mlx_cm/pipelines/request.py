@@ -20,6 +20,27 @@ def check_rng(rng: str) -> None:
         raise UsageError(f"rng {rng!r}", f"expected one of {', '.join(NOISE_SOURCES)}")
 
 
+def check_eta(sampler: str, eta: float | None, default: float | None) -> float | None:
+    """How much noise a sampler puts in again; None where it has no such setting.
+
+    Args:
+        sampler: its name.
+        eta: asked for; None: the default.
+        default: the sampler's own; None: it has no such setting.
+
+    Raises:
+        UsageError: outside [0, 1], or given to a sampler that has no such setting.
+    """
+    if default is None:
+        if eta is not None:
+            raise UsageError("eta", f"the {sampler} sampler has no such setting")
+        return None
+    eta = default if eta is None else float(eta)
+    if not 0 <= eta <= 1:  # false for NaN too
+        raise UsageError(f"eta {eta}", "expected 0 to 1")
+    return eta
+
+
 def split_request(request: RequestT, per_image: Sequence[str], size: int) -> list[RequestT]:
     """The request cut into requests for `size` images each.
 
