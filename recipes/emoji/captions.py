@@ -53,7 +53,6 @@ EVERYDAY = {
     "🔒": "padlock",
     "🕒": "clock",
     "🚒": "fire truck",
-    "🚗": "red car",
     "🛸": "ufo",
     "🤠": "cowboy",
     "🤡": "clown",
@@ -67,12 +66,13 @@ EVERYDAY = {
 # Words that the names of the Unicode standard use for shapes of type and positions, not for what is seen: its "heavy
 # black heart" is red. A name with one of them is kept only if the short name has it too.
 TYPOGRAPHIC = frozenset(
-    {"black", "white", "red", "heavy", "negative", "squared", "circled", "ideograph", "katakana", "latin", "lower"}
+    {"black", "white", "heavy", "negative", "squared", "circled", "ideograph", "katakana", "latin", "lower"}
 )
 # Shortcodes that are rude, name something else than what is seen, or are no words.
 REFUSED = frozenset(
     {"bangbang", "city sunrise", "feet", "flags", "flipper", "fu", "hankey", "harambe", "heartpulse", "hocho", "koko"}
     | {"mag", "mag right", "metal", "shit", "stars", "tada"}
+    | {"up-pointing small red triangle", "down-pointing small red triangle"}
 )
 MAX_WORDS = 8  # of further captions; longer ones describe another font's drawing
 MAX_CAPTIONS = 4

@@ -86,7 +86,9 @@ def draw_glyph(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
     if box is None or max(font.getlength(text), box[2] - box[0], box[3] - box[1]) > CELL:
         return None
     left, top = ((box[axis] + box[axis + 2] - CELL) // 2 for axis in (0, 1))
-    return canvas.crop((left, top, left + CELL, top + CELL))
+    cell = canvas.crop((left, top, left + CELL, top + CELL))
+    # What Pillow blends into nothing is multiplied by its opacity; taken for plain colours, edges would darken.
+    return Image.frombytes("RGBa", cell.size, cell.tobytes()).convert("RGBA")
 
 
 def draw_emoji(font: ImageFont.FreeTypeFont, characters: Iterable[str]) -> Iterator[tuple[str, Image.Image]]:
@@ -115,7 +117,7 @@ def compose(glyph: Image.Image, size: int, placement: Placement) -> Image.Image:
     left, top = (room + int(np.clip(round(shift * side), -room, room)) for shift in placement.shift)
     canvas = Image.new("RGB", (side, side), placement.background)
     canvas.paste(glyph, (left, top), glyph)
-    return canvas.resize((size, size), Image.Resampling.LANCZOS)
+    return canvas.resize((size, size), Image.Resampling.HAMMING)  # sharp, and no halo on a flat background
 
 
 def augmented(names: Sequence[str], tints: Sequence[str], generator: np.random.Generator) -> tuple[Placement, str]:

@@ -65,14 +65,18 @@ def train_vocabulary(texts: Iterable[str], size: int) -> tuple[dict[str, int], l
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [byte + END_OF_WORD for byte in alphabet]
     trainer = BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=size - len(specials),
+        special_tokens=ends,  # numbered in this order; as they come up, they would make merges of equal rank random
+        initial_alphabet=alphabet,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer counts only those bytes that do end a word; CLIP's vocabulary has all of them.
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][: size - least]
-    tokens = [*alphabet, *(byte + END_OF_WORD for byte in alphabet), *map("".join, merges), *specials]
-    return {token: id for id, token in enumerate(dict.fromkeys(tokens))}, merges
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*alphabet, *ends, *map("".join, merges), *specials])
+    return {token: id for id, token in enumerate(tokens)}, merges
 
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int) -> None:
