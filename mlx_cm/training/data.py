@@ -3,6 +3,7 @@
 Sizes are (height, width) in pixels throughout. Whatever is random is a function of the seed and the step.
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -36,6 +37,7 @@ CROPS = ("center", "random")
 MODES = {1: "L", 3: "RGB"}  # channels => Pillow's mode
 MAX_ASPECT = 2.0  # of a bucket's longer side to its shorter
 MAX_WORKERS = 8
+AHEAD = 4  # results per thread that may wait to be taken
 KEPT_BYTES = 2 << 30  # of resized pictures held in memory
 
 T = TypeVar("T")
@@ -208,16 +210,23 @@ def _check(entry: Entry, remembered: Remembered) -> Size | ModelError:
 
 
 def parallel(function: Callable[[T], R], items: Iterable[T], workers: int = 0) -> Iterator[R]:
-    """Results of a function in the order of the items, computed by threads.
+    """Results of a function in the order of the items, computed by threads a little ahead of whoever takes them.
 
     Whoever stops before the last result closes the generator, which leaves no work behind.
 
     Args:
         workers: threads; 0: as many as there are cores, at most 8.
     """
-    executor = ThreadPoolExecutor(worker_count(workers))
+    workers = worker_count(workers)
+    executor = ThreadPoolExecutor(workers)
+    waiting: collections.deque[Future[R]] = collections.deque()
     try:
-        yield from executor.map(function, items)
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -280,15 +289,6 @@ def make_order(data: PictureData, settings: DataSettings, batch_size: int, seed:
 # --- one picture
 
 
-class Prepared(NamedTuple):
-    """A picture as a row of a batch."""
-
-    pixels: np.ndarray  # uint8, (H, W, C)
-    time_ids: tuple[
-        int, int, int, int, int, int
-    ]  # SDXL's: original height, width; crop top, left; target height, width
-
-
 def covering_size(size: Size, target: Size) -> Size:
     """The smallest size of a picture's aspect ratio that covers the target."""
     scale = max(target[0] / size[0], target[1] / size[1])
@@ -312,28 +312,42 @@ def resize_to_cover(image: Image.Image, target: Size, channels: int = 3) -> np.n
     return np.asarray(image).reshape(height, width, channels)
 
 
-def crop_and_flip(
-    pixels: np.ndarray, target: Size, settings: DataSettings, draws: Sequence[float]
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Cuts a covering picture to the target's size.
+def crop_corner(size: Size, target: Size, settings: DataSettings, draws: Sequence[float]) -> tuple[int, int]:
+    """Where a covering picture is cut: (top, left), pixels.
 
-    A flip comes before the cut, so that the place of the cut is that of the picture as it is shown.
+    Args:
+        size: of the picture, no smaller than the target.
+        draws: uniform numbers in [0, 1); the first two decide where it is left to chance.
+    """
+    free = (size[0] - target[0], size[1] - target[1])
+    if settings.crop == "center":
+        return free[0] // 2, free[1] // 2
+    return int(draws[0] * (free[0] + 1)), int(draws[1] * (free[1] + 1))
+
+
+def crop_and_flip(pixels: np.ndarray, target: Size, settings: DataSettings, draws: Sequence[float]) -> np.ndarray:
+    """The part of a covering picture that is shown, a view of size `target`.
+
+    A flip comes before the cut, so that the corner of the cut is that of the picture as it is shown.
 
     Args:
         pixels: (H, W, C), no smaller than the target.
         draws: three uniform numbers in [0, 1): for top, left and flip.
-
-    Returns:
-        The view of size `target`, and its (top, left).
     """
-    free = (pixels.shape[0] - target[0], pixels.shape[1] - target[1])
-    if settings.crop == "random":
-        top, left = (int(draw * (room + 1)) for draw, room in zip(draws, free, strict=False))
-    else:
-        top, left = free[0] // 2, free[1] // 2
+    top, left = crop_corner(pixels.shape[:2], target, settings, draws)
     if settings.flip and draws[2] < 0.5:
         pixels = pixels[:, ::-1]
-    return pixels[top : top + target[0], left : left + target[1]], (top, left)
+    return pixels[top : top + target[0], left : left + target[1]]
+
+
+def micro_conditioning(size: Size, target: Size, settings: DataSettings, draws: Sequence[float]) -> tuple[int, ...]:
+    """What SDXL is told of a picture: original height and width, crop top and left, target height and width.
+
+    Args:
+        size: of the picture before it is resized.
+        draws: as for `crop_and_flip`.
+    """
+    return (*size, *crop_corner(covering_size(size, target), target, settings, draws), *target)
 
 
 def prepare(
@@ -343,18 +357,20 @@ def prepare(
     *,
     target: Size | None = None,
     channels: int = 3,
-) -> Prepared:
-    """A picture as a row of a batch: resized to cover the target, flipped, cropped.
+) -> np.ndarray:
+    """The pixels of a picture as a row of a batch: resized to cover the target, flipped, cropped.
 
     Args:
         image: upright, RGB.
         draws: three uniform numbers in [0, 1), which decide crop and flip where the settings leave them to chance.
         target: another size than the settings', such as a bucket's.
         channels: 1 makes it greyscale.
+
+    Returns:
+        uint8, (H, W, channels); `micro_conditioning` says what SDXL is told of them.
     """
     target = target or settings.target
-    pixels, corner = crop_and_flip(resize_to_cover(image, target, channels), target, settings, draws)
-    return Prepared(np.ascontiguousarray(pixels), (image.height, image.width, *corner, *target))
+    return np.ascontiguousarray(crop_and_flip(resize_to_cover(image, target, channels), target, settings, draws))
 
 
 # --- batches of pixels
@@ -424,10 +440,10 @@ class PixelBatches:
     def _rows(self, step: int, start: int, stop: int) -> np.ndarray:
         draws = augmentation_draws(self.seed, step, self.order.batch_size)
         rows = [
-            crop_and_flip(self._covering(index), self._targets[index], self.settings, draws[row])[0]
+            crop_and_flip(self._covering(index), self._targets[index], self.settings, draws[row])
             for row, index in enumerate(self.order.batch(step)[start:stop], start=start)
         ]
-        return np.stack(rows).astype(np.float32) / 127.5 - 1
+        return to_unit(np.stack(rows))
 
     def _covering(self, index: int) -> np.ndarray:
         pixels = self._kept.get(index)
@@ -438,6 +454,11 @@ class PixelBatches:
                     self._kept_bytes += pixels.nbytes if index not in self._kept else 0
                     self._kept[index] = pixels
         return pixels
+
+
+def to_unit(pixels: np.ndarray) -> np.ndarray:
+    """Pixels from 0 ... 255 to [-1, 1], float32, as `images.from_pil` does."""
+    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def augmentation_draws(seed: int, step: int, rows: int) -> np.ndarray:
