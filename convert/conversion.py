@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mlx_cm
-from mlx_cm.convert import latent, latent_file, pixel
+from mlx_cm.convert import latent, latent_file, perceptual, pixel
 from mlx_cm.convert.families import COMPONENTS
 from mlx_cm.convert.keymaps.ldm_autoencoder import is_ldm_autoencoder
 from mlx_cm.convert.keymaps.openai_unet import is_openai_unet
@@ -83,6 +83,7 @@ FILE_FAMILIES = (
     FileFamily(latent_file.TITLE, latent_file.is_ldm_file, latent_file.plan_ldm_file),
     FileFamily(latent_file.AUTOENCODER_TITLE, is_ldm_autoencoder, latent_file.plan_autoencoder_file),
     FileFamily(pixel.OPENAI_TITLE, is_openai_unet, pixel.plan_openai_file),
+    FileFamily(perceptual.TITLE, perceptual.is_lpips, perceptual.plan_file),
 )
 
 
@@ -92,7 +93,8 @@ def convert(source: Path, destination: Path, options: Options | None = None) -> 
     The folder appears under its name only when it is complete.
 
     Args:
-        source: `.safetensors`, `.pt`, `.pth`, `.ckpt`, `.bin`, or a folder of diffusers' layout.
+        source: `.safetensors`, `.pt`, `.pth`, `.ckpt`, `.bin`, or a folder of diffusers' layout; for LPIPS also a
+            folder with the two files of its network and its heads.
         destination: the folder to make.
 
     Raises:
@@ -158,7 +160,7 @@ def _plan_component(source: Path, config_path: Path, options: Options) -> Plan:
 
 
 def _plan_file(source: Path, options: Options) -> Plan:
-    checkpoint = open_checkpoint(source, variant=options.variant)
+    checkpoint = perceptual.open_halves(source) or open_checkpoint(source, variant=options.variant)
     for family in FILE_FAMILIES:
         if family.matches(checkpoint.tensors):
             return family.plan(source, checkpoint, options)

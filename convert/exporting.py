@@ -75,6 +75,9 @@ def export(folder: Path, destination: Path, *, overwrite: bool = False) -> Path:
     if folder.resolve().is_relative_to(destination.resolve()):
         raise UsageError(str(destination), "holds the source, which would be overwritten")
     index = read_model_index(folder)
+    for kind in index.components.values():
+        if kind in MODELS and kind not in PUBLISHED:
+            raise ModelError(str(folder), f"has a part of class {kind}, which diffusers lacks")
     parts = {part: _tensors(folder / part) for part, kind in index.components.items() if kind in MODELS}
     check_space(destination, sum(tensor.nbytes for _, tensors in parts.values() for tensor in tensors))
     alone = index.pipeline in MODELS

@@ -23,7 +23,7 @@ from mlx_cm.convert.latent_parts import (
     pipeline_component,
     pipeline_parts,
 )
-from mlx_cm.convert.planning import Component, Options, Plan, refuse_overrides, refuse_parts
+from mlx_cm.convert.planning import Component, Options, Plan, refuse_overrides, refuse_parts, refuse_preset
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, discrete_schedule
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.pipelines.latent import LatentSettings
@@ -102,7 +102,7 @@ def plan_model(
         settings: of `LatentSettings`; None where nothing was said.
         overrides: the user's, which come last.
     """
-    _refuse_preset(options)
+    refuse_preset(options)
     _check_fit(parts, where)
     unet = parts.components["unet"].config
     distilled = unet.time_cond_proj_dim is not None
@@ -126,16 +126,11 @@ def plan_model(
 
 def part_by_itself(component: Component, family: str, options: Options) -> Plan:
     """A plan that writes one component, named by its class."""
-    _refuse_preset(options)
+    refuse_preset(options)
     refuse_overrides(options)
     refuse_parts(options)
     part = next(name for name, kinds in PARTS.items() if component.kind in kinds)
     return Plan(component.kind, family, {part: component}, None, {})
-
-
-def _refuse_preset(options: Options) -> None:
-    if options.preset:
-        raise UsageError(f"preset {options.preset}", "is for pixel-space consistency models only")
 
 
 def sort_overrides(options: Options, configs: Sequence[type], where: str) -> dict[type, dict[str, Any]]:

@@ -149,3 +149,13 @@ def refuse_parts(options: Options, *names: str) -> None:
     for name in names or ("base", "tokenizer"):
         if getattr(options, name) is not None:
             raise UsageError(f"{name} {getattr(options, name)}", "this source is complete without it")
+
+
+def refuse_preset(options: Options) -> None:
+    """Says that a source is not of the published models that presets are for.
+
+    Raises:
+        UsageError: there is a preset.
+    """
+    if options.preset:
+        raise UsageError(f"preset {options.preset}", "is for pixel-space consistency models only")

@@ -172,7 +172,8 @@ def _model_lines(description: dict[str, Any]) -> Iterator[str]:
         bits = description.get("bits", {}).get(part)
         size += f" of {bits} bits where linear" if bits else ""
         yield f"  {part}: {component['class']}, {size}, {stored}"
-    yield f"  memory to generate, estimated: {description['memory_bytes'] / 1e9:.2f} GB"
+    if description["memory_bytes"]:  # otherwise nothing is generated with it
+        yield f"  memory to generate, estimated: {description['memory_bytes'] / 1e9:.2f} GB"
     for key, value in description["sampler"].items():
         yield f"  {key}: {value}"
     provenance = description.get("provenance", {})

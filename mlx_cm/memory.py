@@ -130,7 +130,8 @@ def estimate(
     An autoencoder whose config says that it overflows in float16 is counted in float32, in which it is loaded.
 
     Args:
-        parts: name => config of every component: the U-Net, and with a latent one text encoders and autoencoder.
+        parts: name => config of every component: the U-Net, and with a latent one text encoders and autoencoder. What
+            makes no pictures takes no stage.
         dtype: computed in; None: float16 on a GPU, float32 on a CPU.
         quantize: bits of the linear layers, of all parts or by part. On a CPU they are unpacked to be computed with,
             and save nothing.
@@ -163,7 +164,7 @@ def estimate(
     }
     stages = {}
     for stage, given in inputs.items():
-        at_work = [name for name, config in parts.items() if STAGES[type(config)] == stage]
+        at_work = [name for name, config in parts.items() if STAGES.get(type(config)) == stage]
         if not at_work:
             continue
         resident = sum(weights[name] for name in (at_work if low_ram else parts))
@@ -181,7 +182,7 @@ def _itemsize(config: Any, dtype: mx.Dtype) -> int:
 
 def _latent_size(configs: Iterable[Any], batch: int, width: int | None, height: int | None, unit: int) -> Map:
     """What the U-Net works on: latents, or pixels where unit is 1."""
-    trained = next((config.sample_size for config in configs if STAGES[type(config)] == "denoise"), None) or TILE
+    trained = next((config.sample_size for config in configs if STAGES.get(type(config)) == "denoise"), None) or TILE
     rows, columns = (trained, trained) if isinstance(trained, int) else trained
     return Map(batch, height // unit if height else rows, width // unit if width else columns)
 

@@ -24,6 +24,7 @@ from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_cm.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from mlx_cm.models.clip_text import CLIPTextConfig, CLIPTextModel
+from mlx_cm.models.lpips import LPIPS, LPIPSConfig
 from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
 from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mlx_cm.quantization import Quantization, in_device_form, quantization_of, replace_linear_layers
@@ -53,6 +54,7 @@ MODELS = {
     "AutoencoderKL": (AutoencoderKL, AutoencoderKLConfig),
     "AutoencoderTiny": (AutoencoderTiny, AutoencoderTinyConfig),
     "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
+    "LPIPS": (LPIPS, LPIPSConfig),
 }
 SCHEDULES = {"KarrasSchedule": KarrasSchedule, "DiscreteSchedule": DiscreteSchedule}
 SCHEDULE_CONFIG = "scheduler_config.json"

@@ -1,7 +1,9 @@
 """LPIPS in torch, written after the `lpips` and `piq` packages: their names, layers and order of operations."""
 
+import mlx.core as mx
 import torch
 import torch.nn.functional as F
+from parity import channels_last
 from torch import nn
 
 WIDTHS = (6, 10, 12, 14, 9)  # no two alike, none a power of two
@@ -110,6 +112,12 @@ class LPIPSReference(nn.Module):
     def heads(self) -> list[torch.Tensor]:
         """What `piq` publishes: five tensors (1, C, 1, 1)."""
         return [head.model[-1].weight.detach().clone() for head in self.lins]
+
+    def native_weights(self) -> dict[str, mx.array]:
+        """The weights under the names they have here."""
+        weights = {f"features.{name}": channels_last(value) for name, value in self.features.state_dict().items()}
+        heads = {f"lins.{number}.weight": mx.array(head[:, :, 0, 0].numpy()) for number, head in enumerate(self.heads)}
+        return weights | heads
 
     def vgg16_state(self) -> dict[str, torch.Tensor]:
         """torchvision's `vgg16` with its classifier."""

@@ -18,11 +18,7 @@ def model_of(reference: LPIPSReference, **config) -> LPIPS:
     """The same weights here."""
     widths = tuple(head.shape[1] for head in reference.heads)
     model = LPIPS(LPIPSConfig(block_out_channels=widths, **config))
-    weights = [(f"features.{name}", channels_last(value)) for name, value in reference.features.state_dict().items()]
-    weights += [
-        (f"lins.{number}.weight", mx.array(head[:, :, 0, 0].numpy())) for number, head in enumerate(reference.heads)
-    ]
-    model.load_weights(weights, strict=True)
+    model.load_weights(list(reference.native_weights().items()), strict=True)
     return model
 
 
