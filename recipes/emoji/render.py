@@ -4,8 +4,8 @@
     pip install 'mlx-cm[train]'
     python recipes/emoji/render.py emoji
 
-Every emoji is drawn once as it is, and some more times a little smaller and shifted, most of those on a pastel
-background that the caption names. Captions lie in `metadata.jsonl`, one line for each caption of a picture.
+Every emoji is drawn once for each of its names as it is, and some more times a little smaller and shifted, most of
+those on a pastel background that the caption names. The captions are in `metadata.jsonl`, one line for each picture.
 """
 
 import argparse
@@ -147,17 +147,17 @@ def file_stem(character: str) -> str:
     return "-".join(f"{ord(part):x}" for part in character)
 
 
-def render(folder: Path, font: Path, *, size: int, augment: int, seed: int, sequences: bool) -> tuple[int, int, int]:
+def render(folder: Path, font: Path, *, size: int, augment: int, seed: int, sequences: bool) -> tuple[int, int]:
     """Writes the pictures of all emoji and their `metadata.jsonl` into a folder.
 
     Args:
         size: width and height, pixels.
-        augment: augmented pictures of each emoji beside the plain one.
+        augment: augmented pictures of each emoji beside the plain ones.
         seed: of the augmentation, which for an emoji does not depend on the others.
         sequences: whether emoji of several code points are rendered too.
 
     Returns:
-        (emoji, pictures, captions): how many of each.
+        (emoji, pictures): how many of each.
 
     Raises:
         ModelError: the font cannot be read, or has no emoji.
@@ -168,20 +168,16 @@ def render(folder: Path, font: Path, *, size: int, augment: int, seed: int, sequ
     held_out = {content(caption) for caption in held_out_captions()}
     lines = []
     for character, names in captions(glyphs).items():
-        stem = file_stem(character)
         tints = allowed_tints(names, held_out)
-        compose(glyphs[character], size, Placement()).save(folder / f"{stem}.png")
-        lines += [(f"{stem}.png", name) for name in names]
-        for index in range(1, augment + 1):
-            generator = np.random.default_rng([seed, index, *map(ord, character)])
-            placement, caption = augmented(names, tints, generator)
-            compose(glyphs[character], size, placement).save(folder / f"{stem}_{index}.png")
-            lines.append((f"{stem}_{index}.png", caption))
-    text = "".join(
-        json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) + "\n" for name, caption in lines
-    )
-    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
-    return len(glyphs), len(glyphs) * (augment + 1), len(lines)
+        generators = [np.random.default_rng([seed, index, *map(ord, character)]) for index in range(augment)]
+        pictures = [(Placement(), name) for name in names]
+        pictures += [augmented(names, tints, generator) for generator in generators]
+        for index, (placement, caption) in enumerate(pictures):
+            name = f"{file_stem(character)}_{index}.png"
+            compose(glyphs[character], size, placement).save(folder / name)
+            lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(glyphs), len(lines)
 
 
 def main() -> None:
@@ -190,7 +186,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--font", type=Path, default=FONT)
     parser.add_argument("--size", type=int, default=64, help="width and height of the pictures, pixels")
-    parser.add_argument("--augment", type=int, default=2, help="further pictures of each emoji")
+    parser.add_argument("--augment", type=int, default=2, help="augmented pictures of each emoji")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
     parser.add_argument("--sequences", action="store_true", help="also skin tones, families, professions and the like")
     parser.add_argument("--overwrite", action="store_true")
@@ -199,7 +195,7 @@ def main() -> None:
         if arguments.sequences and not features.check("raqm"):
             raise UsageError("--sequences", "Pillow was built without Raqm, which joins code points into one glyph")
         with atomic_folder(arguments.out, overwrite=arguments.overwrite) as folder:
-            emoji, pictures, lines = render(
+            emoji, pictures = render(
                 folder,
                 arguments.font,
                 size=arguments.size,
@@ -209,7 +205,7 @@ def main() -> None:
             )
     except MlxCmError as error:
         parser.exit(error.exit_code, f"error: {error}\n")
-    print(f"{arguments.out}: {emoji} emoji, {pictures} pictures, {lines} captions")
+    print(f"{arguments.out}: {emoji} emoji, {pictures} pictures")
 
 
 if __name__ == "__main__":
