@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,7 @@ from trajectory_reference import make_trajectory_unet, native_trajectory_unet
 from mlx_cm import backend
 from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.errors import ModelError
+from mlx_cm.models import layers
 from mlx_cm.models.layers import (
     Condition,
     Downsample2D,
@@ -26,6 +28,7 @@ from mlx_cm.models.layers import (
     SelfAttention2D,
     TimestepEmbedding,
     Upsample2D,
+    dropout,
     sinusoidal_embedding,
 )
 from mlx_cm.models.unet2d import IMAGENET_64, LSUN_256, UNet2D, UNet2DConfig
@@ -64,7 +67,7 @@ LAYOUTS = {
     "odd widths": CONDITIONAL | ODD_WIDTHS,
     "one level": UNCONDITIONAL
     | {"block_out_channels": (16,), "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)},
-    "dropout of the training": CONDITIONAL | {"dropout": 0.3},
+    "dropout of the training": CONDITIONAL | {"dropout": 0.3},  # of which a call without a key knows nothing
 }
 
 
@@ -253,6 +256,104 @@ def test_timestep_embedding_as_diffusers():
     assert relative_error(model(mx.array(x.numpy())), reference(x)) < TOLERANCE
 
 
+# --- dropout
+
+
+class Replayed(torch.nn.Module):
+    """Stands for torch's dropout, and takes the masks of another run one after the other."""
+
+    def __init__(self, masks: list[mx.array]):
+        super().__init__()
+        self.masks = masks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.tensor(np.array(self.masks.pop(0)).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["conditional", "three levels", "convolutions resample", "no mid attention"])
+def test_dropout_as_diffusers(name, monkeypatch):
+    """Where values are dropped: our masks in the residual blocks of diffusers make the same picture."""
+    reference = make_unet(LAYOUTS[name] | {"dropout": 0.2}, seed=6)
+    model, masks = native_unet(reference), []
+
+    def watched(x: mx.array, rate: float, keys: mx.array) -> mx.array:
+        masks.append(dropout(mx.ones_like(x), rate, keys))
+        return dropout(x, rate, keys)
+
+    monkeypatch.setattr(layers, "dropout", watched)
+    x, t, labels = drawn(1, 2, 3, 12, 16), torch.tensor([1095.5067, 80.9]), labels_for(LAYOUTS[name], 2)
+    given = {} if labels is None else {"class_labels": mx.array(labels)}
+    key = mx.random.key(4)
+    ours = model(channels_last(x), mx.array(t.numpy()), dropout_key=key, **given)
+    blocks = [block for block in reference.modules() if isinstance(block, resnet.ResnetBlock2D)]
+    assert len(masks) == len(blocks)
+    drawn_masks = {np.array(mask).tobytes() for mask in masks}
+    drawn_masks |= {np.array(image).tobytes() for mask in masks for image in mask}
+    assert len(drawn_masks) == 3 * len(blocks)  # no block, and no image, has the mask of another
+    for block in blocks:
+        block.dropout = Replayed(masks)
+    theirs = reference(x, t, None if labels is None else torch.tensor(labels)).sample
+    assert masks == []
+    assert relative_error(ours, theirs) < TOLERANCE
+    assert mx.linalg.norm(model(channels_last(x), mx.array(t.numpy()), **given) - ours) > 0.01 * mx.linalg.norm(ours)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_the_mean(rate, dtype):
+    x = mx.full((3, 40, 50, 8), 2.0, dtype=dtype)
+    dropped = dropout(x, rate, mx.random.split(mx.random.key(1), 3))
+    assert dropped.dtype == dtype
+    values = np.array(dropped.astype(mx.float32))
+    assert set(np.unique(values)) == {0.0, float((x[0, 0, 0, 0] / (1 - rate)).astype(mx.float32))}
+    count = values[0].size
+    for image in values:
+        assert (image == 0).mean() == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count))
+
+
+def test_without_a_key_nothing_is_dropped():
+    config = UNCONDITIONAL | {"dropout": 0.3}
+    model, plain = native_unet(make_unet(config)), native_unet(make_unet(UNCONDITIONAL))
+    x, t = channels_last(drawn(1, 2, 3, 8, 8)), mx.array([5.0, 7.0])
+    assert mx.array_equal(model(x, t), plain(x, t))
+    assert mx.array_equal(plain(x, t, dropout_key=mx.random.key(0)), plain(x, t))  # nor where the rate is 0
+    assert not mx.allclose(model(x, t, dropout_key=mx.random.key(0)), plain(x, t))
+
+
+def test_equal_keys_drop_equally():
+    model = native_unet(make_unet(UNCONDITIONAL | {"dropout": 0.3}))
+    x, t = channels_last(drawn(1, 2, 3, 8, 8)), mx.array([5.0, 7.0])
+    first, again, other = (model(x, t, dropout_key=mx.random.key(seed)) for seed in (1, 1, 2))
+    assert mx.array_equal(first, again)
+    assert not mx.allclose(first, other)
+
+
+def test_a_key_per_image_makes_a_picture_whatever_its_batch():
+    model = native_unet(make_unet(UNCONDITIONAL | {"dropout": 0.3}))
+    x, t = channels_last(drawn(1, 4, 3, 8, 8)), mx.array([5.0, 7.0, -3.0, 800.0])
+    keys = mx.random.split(mx.random.key(3), 4)
+    together = model(x, t, dropout_key=keys)
+    assert mx.array_equal(together, model(x, t, dropout_key=mx.random.key(3)))  # one key is split for the batch
+    parts = [model(x[rows], t[rows], dropout_key=keys[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    np.testing.assert_allclose(np.array(mx.concatenate(parts)), np.array(together), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_what_is_kept():
+    model = native_unet(make_unet(UNCONDITIONAL | {"dropout": 0.3}))
+    x, t, key = channels_last(drawn(1, 2, 3, 8, 8)), mx.array([5.0, 7.0]), mx.random.key(3)
+
+    def loss(x: mx.array, key: mx.array) -> mx.array:
+        return (model(x, t, dropout_key=key) ** 2).mean()
+
+    direction = mx.random.normal(x.shape, key=mx.random.key(8))
+    gradient = mx.grad(loss)(x, key)
+    step = 1e-2
+    change = (loss(x + step * direction, key) - loss(x - step * direction, key)).item() / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(change, rel=2e-2)
+    compiled = mx.compile(mx.grad(loss))(x, key)
+    np.testing.assert_allclose(np.array(compiled), np.array(gradient), rtol=1e-3, atol=1e-6)
+
+
 # --- sizes, conditions, number formats
 
 
@@ -363,6 +464,9 @@ CONFIG_FAULTS = [
     ({"block_out_channels": (16, "24")}, "block_out_channels"),
     ({"block_out_channels": (16, -24)}, "block"),
     ({"block_out_channels": (0, 24)}, "block"),
+    ({"dropout": 1.0}, "dropout"),
+    ({"dropout": -0.1}, "dropout"),
+    ({"dropout": float("nan")}, "dropout"),
     ({"norm_eps": "small"}, "norm_eps"),
     ({"norm_eps": -1.0}, "norm_eps"),
     ({"norm_eps": float("nan")}, "norm_eps"),

@@ -107,11 +107,30 @@ def downsample_mean(x: mx.array) -> mx.array:
 RESAMPLERS = {"up": upsample_nearest, "down": downsample_mean}
 
 
+def dropout(x: mx.array, rate: float, keys: mx.array) -> mx.array:
+    """Zeroes values at random, in a training step, and scales the others by 1 / (1 - rate).
+
+    Args:
+        x: (B, ...).
+        keys: one for each image, (B, 2), so that what is left of an image does not depend on the batch it is in.
+    """
+    kept = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, x.shape[1:], key=key))(keys)
+    return mx.where(kept, x / (1 - rate), mx.zeros_like(x))
+
+
 class Condition(NamedTuple):
     """What a residual block is told beside its map."""
 
     embedding: mx.array  # of noise level and class, already through SiLU, (B, E)
     embedding_s: mx.array | None = None  # of the level a trajectory model jumps to, likewise
+    dropout_keys: mx.array | None = None  # one for each image, (B, 2); None: nothing is dropped
+
+    def split(self, count: int) -> list["Condition"]:
+        """The same for as many blocks, each with keys of its own."""
+        if self.dropout_keys is None:
+            return [self] * count
+        keys = mx.vmap(lambda key: mx.random.split(key, count))(self.dropout_keys)  # (B, count, 2)
+        return [self._replace(dropout_keys=keys[:, index]) for index in range(count)]
 
 
 class ResnetBlock2D(nn.Module):
@@ -126,6 +145,7 @@ class ResnetBlock2D(nn.Module):
         groups, eps: of both normalisations.
         scale_shift: the embedding scales and shifts the second normalisation instead of being added before it.
         trajectory: there is a second embedding, whose projection is added to the first one's.
+        dropout: part of the values before the second convolution that is dropped where keys are given.
         resample: "up" or "down" also doubles or halves height and width, None keeps them.
     """
 
@@ -139,6 +159,7 @@ class ResnetBlock2D(nn.Module):
         eps: float = 1e-5,
         scale_shift: bool = False,
         trajectory: bool = False,
+        dropout: float = 0.0,
         resample: str | None = None,
     ):
         super().__init__()
@@ -153,10 +174,16 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
-        self.scale_shift, self.resample = scale_shift, resample
+        self.scale_shift, self.dropout, self.resample = scale_shift, dropout, resample
 
-    def __call__(self, x: mx.array, embedding: mx.array | None = None, embedding_s: mx.array | None = None) -> mx.array:
-        """x (B, H, W, C), embeddings as in `Condition` => (B, H', W', C')."""
+    def __call__(
+        self,
+        x: mx.array,
+        embedding: mx.array | None = None,
+        embedding_s: mx.array | None = None,
+        dropout_keys: mx.array | None = None,
+    ) -> mx.array:
+        """x (B, H, W, C), the others as in `Condition` => (B, H', W', C')."""
         h = backend.silu(self.norm1(x))
         if self.resample is not None:
             h, x = RESAMPLERS[self.resample](h), RESAMPLERS[self.resample](x)
@@ -173,7 +200,10 @@ class ResnetBlock2D(nn.Module):
                 h = self.norm2(h) * (1 + scale) + shift
             else:
                 h = self.norm2(h + projected)
-        h = self.conv2(backend.silu(h))
+        h = backend.silu(h)
+        if dropout_keys is not None:
+            h = dropout(h, self.dropout, dropout_keys)
+        h = self.conv2(h)
         return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
 
 

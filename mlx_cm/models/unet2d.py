@@ -83,7 +83,7 @@ class UNet2DConfig:
     center_input_sample: bool = False  # whether inputs are mapped from [0, 1] to [-1, 1] first
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    dropout: float = 0.0  # of the training run; generation does not use it
+    dropout: float = 0.0  # in residual blocks, of calls that give a key: in training
     num_train_timesteps: int | None = None
     time_embedding_type: str = "positional"
     mid_block_type: str | None = "UNetMidBlock2D"
@@ -117,6 +117,8 @@ class UNet2DConfig:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 <= self.norm_eps < 1:  # false for NaN too
             raise ValueError(f"norm_eps: expected at least 0 and below 1, got {self.norm_eps}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and below 1, got {self.dropout}")
         if self.sample_size % 2 ** (levels - 1):
             raise ValueError(f"sample_size {self.sample_size} cannot be halved {levels - 1} times")
         for width in self.block_out_channels:
@@ -160,6 +162,7 @@ class UNet2DConfig:
             eps=self.norm_eps,
             scale_shift=self.scale_shift,
             trajectory=self.trajectory,
+            dropout=self.dropout,
             resample=resample,
         )
 
@@ -194,6 +197,12 @@ LSUN_256 = UNet2DConfig(
 )
 
 
+def _sections(condition: Condition, levels: int) -> tuple[list[Condition], Condition, list[Condition]]:
+    """For the levels on the way down, the middle, and the levels on the way up."""
+    conditions = condition.split(2 * levels + 1)
+    return conditions[:levels], conditions[levels], conditions[levels + 1 :]
+
+
 def _resampled(resampler: ResnetBlock2D | Downsample2D | Upsample2D, x: mx.array, condition: Condition) -> mx.array:
     """Convolutions that halve or double are told nothing."""
     return resampler(x, *condition) if isinstance(resampler, ResnetBlock2D) else resampler(x)
@@ -219,13 +228,15 @@ class DownBlock2D(nn.Module):
     def __call__(self, x: mx.array, condition: Condition) -> tuple[mx.array, list[mx.array]]:
         """(B, H, W, C) => ((B, H/2, W/2, C'), the states that the way up takes in)."""
         states = []
-        for resnet, attention in zip(self.resnets, self.get("attentions", [None] * len(self.resnets)), strict=True):
-            x = resnet(x, *condition)
+        *conditions, last = condition.split(len(self.resnets) + 1)
+        attentions = self.get("attentions", [None] * len(self.resnets))
+        for resnet, attention, told in zip(self.resnets, attentions, conditions, strict=True):
+            x = resnet(x, *told)
             if attention is not None:
                 x = attention(x)
             states.append(x)
         for downsampler in self.get("downsamplers", []):
-            x = _resampled(downsampler, x, condition)
+            x = _resampled(downsampler, x, last)
             states.append(x)
         return x, states
 
@@ -242,10 +253,11 @@ class MidBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, condition: Condition) -> mx.array:
         """(B, H, W, C) => (B, H, W, C)."""
-        x = self.resnets[0](x, *condition)
+        first, second = condition.split(2)
+        x = self.resnets[0](x, *first)
         for attention in self.get("attentions", []):
             x = attention(x)
-        return self.resnets[1](x, *condition)
+        return self.resnets[1](x, *second)
 
 
 class UpBlock2D(nn.Module):
@@ -277,12 +289,14 @@ class UpBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, states: list[mx.array], condition: Condition) -> mx.array:
         """Takes its states from the end of the list: (B, H, W, C) => (B, 2H, 2W, C')."""
-        for resnet, attention in zip(self.resnets, self.get("attentions", [None] * len(self.resnets)), strict=True):
-            x = resnet(mx.concatenate([x, states.pop()], axis=-1), *condition)
+        *conditions, last = condition.split(len(self.resnets) + 1)
+        attentions = self.get("attentions", [None] * len(self.resnets))
+        for resnet, attention, told in zip(self.resnets, attentions, conditions, strict=True):
+            x = resnet(mx.concatenate([x, states.pop()], axis=-1), *told)
             if attention is not None:
                 x = attention(x)
         for upsampler in self.get("upsamplers", []):
-            x = _resampled(upsampler, x, condition)
+            x = _resampled(upsampler, x, last)
         return x
 
 
@@ -324,7 +338,12 @@ class UNet2D(nn.Module):
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def __call__(
-        self, x: mx.array, t: mx.array, class_labels: mx.array | None = None, s: mx.array | None = None
+        self,
+        x: mx.array,
+        t: mx.array,
+        class_labels: mx.array | None = None,
+        s: mx.array | None = None,
+        dropout_key: mx.array | None = None,
     ) -> mx.array:
         """One evaluation of the network.
 
@@ -333,6 +352,8 @@ class UNet2D(nn.Module):
             t: conditioning value of the noise level (`log_sigma_conditioning`), shape (B,), or one for all.
             class_labels: integers, shape (B,); needed by a class-conditional model.
             s: conditioning value of the level to jump to, like t; needed by a trajectory model.
+            dropout_key: drops values at random, equal ones for equal keys; one key, or one for each image, (B, 2), with
+                which an image's do not depend on the batch it is in. None: nothing is dropped.
 
         Returns:
             F, shape (B, H, W, out_channels), float32.
@@ -342,19 +363,21 @@ class UNet2D(nn.Module):
         """
         dtype = self.conv_in.weight.dtype
         levels = (None if level is None else mx.broadcast_to(level, (x.shape[0],)) for level in (t, s))
-        condition = Condition(
-            *(None if e is None else backend.silu(e).astype(dtype) for e in self.embed(*levels, class_labels))
-        )
+        embeddings = (None if e is None else backend.silu(e).astype(dtype) for e in self.embed(*levels, class_labels))
+        keys = dropout_key if self.config.dropout else None
+        if keys is not None and keys.ndim == 1:
+            keys = mx.random.split(keys, x.shape[0])
+        down, mid, up = _sections(Condition(*embeddings, keys), len(self.down_blocks))
         x = x.astype(dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = self.conv_in(x)
         states = [x]
-        for block in self.down_blocks:
+        for block, condition in zip(self.down_blocks, down, strict=True):
             x, new_states = block(x, condition)
             states += new_states
-        x = self.mid_block(x, condition)
-        for block in self.up_blocks:
+        x = self.mid_block(x, mid)
+        for block, condition in zip(self.up_blocks, up, strict=True):
             x = block(x, states, condition)
         x = backend.silu(self.conv_norm_out(x.astype(mx.float32)))
         return self.conv_out(x)
