@@ -18,6 +18,7 @@ from PIL import Image, features
 
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.tokenizer import CLIPTokenizer
+from mlx_cm.training.data import open_data
 from recipes.emoji import render, train_tokenizer
 from recipes.emoji.captions import (
     EVERYDAY,
@@ -341,6 +342,13 @@ def test_the_script_writes_pictures_and_captions(font, tmp_path):
     for path in out.glob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, picture.mode) == ((48, 48), "RGB")
+
+
+def test_training_reads_the_folder(font, tmp_path):
+    folder_of(tmp_path / "emoji", font)
+    data = open_data(tmp_path / "emoji")
+    assert sorted(data.captions) == sorted(line["text"] for line in lines_of(tmp_path / "emoji"))
+    assert not data.skipped
 
 
 def test_the_folder_is_a_function_of_the_seed(font, tmp_path):
