@@ -1,6 +1,6 @@
-"""Pictures to batches: what is usable, how it is resized, cropped and flipped, and rows of pixels for each step.
+"""Pictures to batches: which pictures are usable, in which order they come, and rows of pixels for each step.
 
-Sizes are (height, width) in pixels throughout. Whatever is random is a function of the seed and the step.
+Whatever is random is a function of the seed and the step.
 """
 
 import collections
@@ -26,61 +26,29 @@ from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.images import to_rgb
 from mlx_cm.training.data_sources import Entry, read_container
 from mlx_cm.training.order import Order, Purpose, random_bits
+from mlx_cm.training.preparation import (
+    MODES,
+    DataSettings,
+    Size,
+    bucket_sizes,
+    crop_and_flip,
+    nearest_bucket,
+    resize_to_cover,
+    to_unit,
+)
 from mlx_cm.training.remembered import Remembered
 
 log = logging.getLogger("mlx_cm")
 
 Progress = Callable[[int, int, str], None]  # (pictures done, pictures in all, the one just done)
-Size = tuple[int, int]  # (height, width), pixels
 
-CROPS = ("center", "random")
-MODES = {1: "L", 3: "RGB"}  # channels => Pillow's mode
-MAX_ASPECT = 2.0  # of a bucket's longer side to its shorter
+MAX_ELONGATION = 20  # of a picture's longer side to its shorter: covering a square, it would fill the memory
 MAX_WORKERS = 8
 AHEAD = 4  # results per thread that may wait to be taken
 KEPT_BYTES = 2 << 30  # of resized pictures held in memory
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """How pictures become rows of a batch; the `[data]` section of a training config."""
-
-    size: int | tuple[int, int] = 0  # pixels: a square's side, or height and width; 0: the model's
-    crop: str = "center"  # of CROPS
-    flip: bool = False  # left to right, every other picture at random
-    buckets: bool = False  # latent models: keep aspect ratios, each batch of one size of about the same area
-    bucket_step: int = 64  # pixels: the sides of buckets are multiples
-    variants: int = 1  # latent models: how many crops and flips of each picture are encoded
-    workers: int = 0  # threads that decode; 0: as many as there are cores, at most 8
-
-    def __post_init__(self):
-        sides = self.size if isinstance(self.size, tuple) else (self.size,)
-        if len(sides) > 2 or min(sides, default=-1) < 0 or (len(sides) == 2 and 0 in sides):
-            raise ValueError(f"size: expected a side or height and width in pixels, got {self.size}")
-        if self.crop not in CROPS:
-            raise ValueError(f"crop: expected one of {', '.join(CROPS)}, got {self.crop!r}")
-        for name, least in (("bucket_step", 1), ("variants", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
-
-    @property
-    def target(self) -> Size:
-        """Height and width of a picture; with buckets, their product bounds the area.
-
-        Raises:
-            UsageError: the size is left to the model, and nobody has filled it in (`dataclasses.replace`).
-        """
-        if self.size == 0:
-            raise UsageError("data.size 0", "stands for the model's size, which was not filled in")
-        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
-
-    @property
-    def is_random(self) -> bool:
-        """Whether a picture looks different from time to time."""
-        return self.flip or self.crop == "random"
 
 
 # --- opening
@@ -165,13 +133,27 @@ def open_data(
     container = read_container(path, classes)
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     remembered = Remembered((cache or cache_root() / "features") / "checked" / f"{key}.json")
-    faults = list(container.faults)
+    skipped: list[str] = []
+
+    def skip(name: str, why: str) -> None:
+        if strict:
+            raise ModelError(name, why, "repair or remove it")
+        log.warning("%s is skipped: %s", name, why)
+        skipped.append(name)
+
+    for name, why in container.faults:
+        skip(name, why)
     usable, sizes = [], []
+    known = [_known_size(entry, remembered) for entry in container.entries]
+    unknown = [entry for entry, size in zip(container.entries, known, strict=True) if size is None]
     try:
-        with contextlib.closing(parallel(lambda one: _check(one, remembered), container.entries, workers)) as results:
-            for done, (entry, found) in enumerate(zip(container.entries, results, strict=True), start=1):
+        with contextlib.closing(parallel(_decoded_size, unknown, workers)) as decoded:
+            for done, (entry, size) in enumerate(zip(container.entries, known, strict=True), start=1):
+                found = size or next(decoded)
                 if isinstance(found, ModelError):  # not remembered: it may be out of reach only now
-                    faults.append((entry.name, found.why))
+                    skip(entry.name, found.why)
+                elif max(found) > MAX_ELONGATION * min(found):
+                    skip(entry.name, f"is {found[1]}x{found[0]}, too long to be cut to a size")
                 else:
                     usable.append(entry)
                     sizes.append(found)
@@ -180,14 +162,9 @@ def open_data(
                     progress(done, len(container.entries), entry.name)
     finally:
         remembered.save()
-    for name, why in faults:
-        if strict:
-            raise ModelError(name, why, "repair or remove it")
-        log.warning("%s is skipped: %s", name, why)
     if not usable:
-        hint = "all of it is unreadable" if faults else "give a folder of images, an .npz file or .tar files"
-        raise ModelError(str(path), "holds no usable picture", hint)
-    skipped = [name for name, _ in faults]
+        why = "holds no usable picture" if skipped else "holds no pictures"
+        raise ModelError(str(path), why, "give a folder of images, an .npz file, or .tar files")
     data = PictureData(
         path, container.kind, tuple(usable), tuple(sizes), container.class_names, skipped, container.in_memory
     )
@@ -195,13 +172,18 @@ def open_data(
     return data
 
 
-def _check(entry: Entry, remembered: Remembered) -> Size | ModelError:
-    """The size of a picture, or why it cannot be read."""
+def _known_size(entry: Entry, remembered: Remembered) -> Size | None:
+    """The size of a picture that need not be decoded."""
     if entry.size is not None:
         return entry.size
     match remembered.get(entry.name, entry.stamp):
         case [int(height), int(width)]:
             return height, width
+    return None
+
+
+def _decoded_size(entry: Entry) -> Size | ModelError:
+    """The size of a picture, or why it cannot be read."""
     try:
         image = to_rgb(entry.read())
     except ModelError as error:
@@ -239,40 +221,6 @@ def worker_count(workers: int) -> int:
 # --- sizes
 
 
-def bucket_sizes(target: Size, step: int) -> list[Size]:
-    """The sizes of aspect buckets: for each width the greatest height within the target's area, and the reverse.
-
-    Args:
-        target: bounds the area.
-        step: pixels; sides are multiples of it.
-
-    Returns:
-        Sizes whose longer side is at most twice the shorter, from the tallest to the widest.
-
-    Raises:
-        UsageError: no size fits.
-    """
-    area = target[0] * target[1]
-    found = set()
-    for side in range(step, int((area * MAX_ASPECT) ** 0.5) + 1, step):
-        other = area // side // step * step
-        if other and max(side, other) <= MAX_ASPECT * min(side, other):
-            found |= {(side, other), (other, side)}
-    if not found:
-        raise UsageError(
-            f"data.size {target[0]}x{target[1]}", f"no bucket with sides of multiples of {step} fits", "a larger size"
-        )
-    return sorted(found, key=lambda size: (size[1] / size[0], size))
-
-
-def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest to a picture's; of equals, the larger one."""
-    aspect = np.log(size[1] / size[0])
-    return min(
-        buckets, key=lambda bucket: (round(abs(np.log(bucket[1] / bucket[0]) - aspect), 9), -bucket[0] * bucket[1])
-    )
-
-
 def target_sizes(data: PictureData, settings: DataSettings) -> list[Size]:
     """The size that each picture is brought to."""
     if not settings.buckets:
@@ -281,96 +229,21 @@ def target_sizes(data: PictureData, settings: DataSettings) -> list[Size]:
     return [nearest_bucket(size, buckets) for size in data.sizes]
 
 
+def check_order(order: Order, targets: Sequence[Size]) -> None:
+    """Refuses an order that is not of these pictures, or whose batches would mix sizes.
+
+    Raises:
+        UsageError: as said; `make_order` makes one that fits.
+    """
+    if order.count != len(targets):
+        raise UsageError("order", f"is of {order.count} pictures, the data has {len(targets)}")
+    if any(len({targets[index] for index in bucket}) > 1 for bucket in order.buckets):
+        raise UsageError("order", "mixes sizes in a batch, but data.buckets brings pictures to several")
+
+
 def make_order(data: PictureData, settings: DataSettings, batch_size: int, seed: int) -> Order:
     """The order of a data set, where every batch has pictures of one size."""
     return Order(len(data), batch_size, seed, target_sizes(data, settings) if settings.buckets else None)
-
-
-# --- one picture
-
-
-def covering_size(size: Size, target: Size) -> Size:
-    """The smallest size of a picture's aspect ratio that covers the target."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    return max(round(size[0] * scale), target[0]), max(round(size[1] * scale), target[1])
-
-
-def resize_to_cover(image: Image.Image, target: Size, channels: int = 3) -> np.ndarray:
-    """A picture resized with a Lanczos filter so that one side fits the target and the other is no shorter.
-
-    Args:
-        image: RGB.
-        channels: 1 makes it greyscale.
-
-    Returns:
-        uint8, (H, W, channels).
-    """
-    height, width = covering_size((image.height, image.width), target)
-    image = image.convert(MODES[channels])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(height, width, channels)
-
-
-def crop_corner(size: Size, target: Size, settings: DataSettings, draws: Sequence[float]) -> tuple[int, int]:
-    """Where a covering picture is cut: (top, left), pixels.
-
-    Args:
-        size: of the picture, no smaller than the target.
-        draws: uniform numbers in [0, 1); the first two decide where it is left to chance.
-    """
-    free = (size[0] - target[0], size[1] - target[1])
-    if settings.crop == "center":
-        return free[0] // 2, free[1] // 2
-    return int(draws[0] * (free[0] + 1)), int(draws[1] * (free[1] + 1))
-
-
-def crop_and_flip(pixels: np.ndarray, target: Size, settings: DataSettings, draws: Sequence[float]) -> np.ndarray:
-    """The part of a covering picture that is shown, a view of size `target`.
-
-    A flip comes before the cut, so that the corner of the cut is that of the picture as it is shown.
-
-    Args:
-        pixels: (H, W, C), no smaller than the target.
-        draws: three uniform numbers in [0, 1): for top, left and flip.
-    """
-    top, left = crop_corner(pixels.shape[:2], target, settings, draws)
-    if settings.flip and draws[2] < 0.5:
-        pixels = pixels[:, ::-1]
-    return pixels[top : top + target[0], left : left + target[1]]
-
-
-def micro_conditioning(size: Size, target: Size, settings: DataSettings, draws: Sequence[float]) -> tuple[int, ...]:
-    """What SDXL is told of a picture: original height and width, crop top and left, target height and width.
-
-    Args:
-        size: of the picture before it is resized.
-        draws: as for `crop_and_flip`.
-    """
-    return (*size, *crop_corner(covering_size(size, target), target, settings, draws), *target)
-
-
-def prepare(
-    image: Image.Image,
-    settings: DataSettings,
-    draws: Sequence[float] = (0.5, 0.5, 0.5),
-    *,
-    target: Size | None = None,
-    channels: int = 3,
-) -> np.ndarray:
-    """The pixels of a picture as a row of a batch: resized to cover the target, flipped, cropped.
-
-    Args:
-        image: upright, RGB.
-        draws: three uniform numbers in [0, 1), which decide crop and flip where the settings leave them to chance.
-        target: another size than the settings', such as a bucket's.
-        channels: 1 makes it greyscale.
-
-    Returns:
-        uint8, (H, W, channels); `micro_conditioning` says what SDXL is told of them.
-    """
-    target = target or settings.target
-    return np.ascontiguousarray(crop_and_flip(resize_to_cover(image, target, channels), target, settings, draws))
 
 
 # --- batches of pixels
@@ -392,8 +265,14 @@ class PixelBatches:
     def __init__(self, data: PictureData, order: Order, settings: DataSettings, channels: int = 3, seed: int = 0):
         if channels not in MODES:
             raise UsageError(f"channels {channels}", "pictures have 3 channels, or 1 as greyscale")
+        for name, is_used in (("buckets", settings.buckets), ("variants", settings.variants > 1)):
+            if is_used:
+                raise UsageError(
+                    f"data.{name}", "is for latent models; pixels are of one size, and cut anew every time"
+                )
         self.data, self.order, self.settings, self.channels, self.seed = data, order, settings, channels, seed
-        self._targets = target_sizes(data, settings)
+        check_order(order, target_sizes(data, settings))
+        self._target = settings.target
         self._labels = data.labels
         self._kept: dict[int, np.ndarray] = {}
         self._kept_bytes = 0
@@ -412,12 +291,12 @@ class PixelBatches:
         Raises:
             ModelError: a picture has become unreadable since the data was opened.
         """
-        stop = self.order.batch_size if stop is None else stop
-        if not 0 <= start < stop <= self.order.batch_size:
-            raise UsageError(f"rows {start} to {stop}", f"expected some of the {self.order.batch_size} rows of a batch")
+        stop = self.order.checked_stop(start, stop)
         pieces = self._submit(step, start, stop)
-        for key in [key for key in self._ahead if key[0] < step or key[0] > step + 1 or key == (step, start, stop)]:
-            del self._ahead[key]
+        del self._ahead[step, start, stop]
+        for key in [key for key in self._ahead if key[0] not in (step, step + 1)]:
+            for piece in self._ahead.pop(key):
+                piece.cancel()
         self._submit(step + 1, start, stop)
         rows = {"x0": mx.array(np.concatenate([piece.result() for piece in pieces]))}
         if self._labels is not None:
@@ -438,9 +317,9 @@ class PixelBatches:
         return self._ahead[key]
 
     def _rows(self, step: int, start: int, stop: int) -> np.ndarray:
-        draws = augmentation_draws(self.seed, step, self.order.batch_size)
+        draws = augmentation_draws(self.seed, step, stop)
         rows = [
-            crop_and_flip(self._covering(index), self._targets[index], self.settings, draws[row])
+            crop_and_flip(self._covering(index), self._target, self.settings, draws[row])
             for row, index in enumerate(self.order.batch(step)[start:stop], start=start)
         ]
         return to_unit(np.stack(rows))
@@ -448,17 +327,12 @@ class PixelBatches:
     def _covering(self, index: int) -> np.ndarray:
         pixels = self._kept.get(index)
         if pixels is None:
-            pixels = resize_to_cover(self.data.read(index), self._targets[index], self.channels)
+            pixels = resize_to_cover(self.data.read(index), self._target, self.channels)
             with self._lock:
                 if not self.data.in_memory and self._kept_bytes + pixels.nbytes <= KEPT_BYTES:
                     self._kept_bytes += pixels.nbytes if index not in self._kept else 0
                     self._kept[index] = pixels
         return pixels
-
-
-def to_unit(pixels: np.ndarray) -> np.ndarray:
-    """Pixels from 0 ... 255 to [-1, 1], float32, as `images.from_pil` does."""
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def augmentation_draws(seed: int, step: int, rows: int) -> np.ndarray:

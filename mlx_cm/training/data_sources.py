@@ -293,7 +293,7 @@ def _read_npz(path: Path, classes: bool | None) -> Container:
     if captions is not None and (captions.shape != (count,) or captions.dtype.kind != "U"):
         raise ModelError(str(path), f"captions: expected {count} texts, got {captions.dtype} {captions.shape}")
     names = [f"{path.name}/{index}" for index in range(count)]
-    texts = [None] * count if captions is None else captions.tolist()
+    texts = [None] * count if captions is None else [_checked_text(text, str(path)) for text in captions.tolist()]
     entries = [
         Entry(name, stamp, functools.partial(Image.fromarray, image), caption, None, size)
         for name, image, caption in zip(names, images, texts, strict=True)
@@ -353,7 +353,15 @@ def _caption_of(row: Mapping[str, Any], where: str) -> str | None:
     caption = row[given[0]] if given else None
     if not isinstance(caption, str | None):
         raise ModelError(where, f"{given[0]}: expected text, got {caption!r:.40}")
-    return None if caption is None else caption.strip()
+    return None if caption is None else _checked_text(caption, where)
+
+
+def _checked_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON and NumPy let through
+        raise ModelError(where, f"has a caption that is not valid Unicode: {text!r:.40}") from None
+    return text.strip()
 
 
 def _label_of(row: Mapping[str, Any], where: str) -> Label:

@@ -17,31 +17,18 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import safetensors
 
-from mlx_cm.cache import cache_root, conversion_lock
-from mlx_cm.errors import ModelError, OutputError, UsageError
-from mlx_cm.storage import TensorSource, atomic_file, check_safetensors, write_safetensors
-from mlx_cm.training.data import (
-    DataSettings,
-    PictureData,
-    Progress,
-    Size,
-    augmentation_draws,
-    micro_conditioning,
-    parallel,
-    prepare,
-    target_sizes,
-    to_unit,
-)
+from mlx_cm.cache import cache_root
+from mlx_cm.errors import OutputError, UsageError
+from mlx_cm.training.data import PictureData, Progress, augmentation_draws, check_order, parallel, target_sizes
 from mlx_cm.training.data_sources import Entry
+from mlx_cm.training.feature_store import FeatureStore, Item
 from mlx_cm.training.order import Order, Purpose, random_bits
+from mlx_cm.training.preparation import DataSettings, Size, micro_conditioning, prepare, to_unit
 from mlx_cm.training.remembered import Remembered
 
 log = logging.getLogger("mlx_cm")
@@ -50,143 +37,10 @@ EncodePictures = Callable[[mx.array], tuple[mx.array, mx.array | None]]  # (B, H
 EncodePrompts = Callable[[list[str]], tuple[mx.array, mx.array | None]]  # => states (B, T, D), pooled (B, P)
 Tokenize = Callable[[list[str]], Sequence[mx.array]]  # => ids (B, L) of each tokenizer
 
-SHARD_ENTRIES = 256  # features in a file, at most
-SHARD_BYTES = 64 << 20  # of the pictures whose features one file holds, about
-TEXT_ENTRIES = 64  # in a file
-OPEN_SHARDS = 1024
-DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
-
 # Crops and flips of a picture's variants: steps that spread them evenly however many there are, flips in turn.
 # The first two are the inverse powers of the plastic number (Roberts: The unreasonable effectiveness of quasirandom
 # sequences, 2018).
 VARIANT_STRIDES = np.array([0.7548776662466927, 0.5698402909980532, 0.5])
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something to compute features of."""
-
-    key: str  # SHA-256 of the content
-    name: str  # for people
-    content: Any  # uint8 pixels (H, W, 3), or text
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Items of one shape can be computed together."""
-        return getattr(self.content, "shape", ())
-
-
-class FeatureStore:
-    """Arrays by content, in files of one folder that are written once and never changed.
-
-    Args:
-        folder: of one model; it need not exist.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self._seen: set[str] = set()  # file names
-        self._places: dict[str, tuple[str, tuple[str, ...]]] = {}  # key => file name, names of its arrays
-        self._opened = functools.lru_cache(OPEN_SHARDS)(self._open)
-        self.refresh()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._places
-
-    def refresh(self) -> None:
-        """Takes notice of the files that were written meanwhile; a broken one is removed, to be made again."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._seen:
-                continue
-            try:
-                check_safetensors(path)
-            except ModelError as error:
-                log.warning("%s: %s; its features are computed again", error.what, error.why)
-                path.unlink(missing_ok=True)
-                continue
-            names = self._opened(path.name).keys()
-            parts: dict[str, list[str]] = {}
-            for name in names:
-                parts.setdefault(name.partition(".")[0], []).append(name.partition(".")[2])
-            self._places |= {key: (path.name, tuple(found)) for key, found in parts.items()}
-            self._seen.add(path.name)
-
-    def fill(
-        self,
-        items: Iterable[Item],
-        compute: Callable[[list[Item]], Sequence[dict[str, np.ndarray]]],
-        batch_size: int = 1,
-        done: Callable[[Item], None] | None = None,
-    ) -> None:
-        """Computes and writes the features that are not there, a file at a time.
-
-        Processes that do so at the same time take turns, and use what the others have written.
-
-        Args:
-            compute: features of up to `batch_size` items of one shape.
-            done: called for each item that is there.
-        """
-        for shard in _shards(items):
-            with conversion_lock(self.folder):
-                self.refresh()
-                missing = list({item.key: item for item in shard if item.key not in self}.values())
-                found: dict[str, dict[str, np.ndarray]] = {}
-                for batch in _batches(missing, batch_size):
-                    found |= zip((item.key for item in batch), compute(batch), strict=True)
-                if found:
-                    self._write(found)
-            for item in shard if done else ():
-                done(item)
-
-    def read(self, key: str) -> dict[str, np.ndarray]:
-        """The arrays of one key, which must be there.
-
-        Raises:
-            ModelError: its file was removed meanwhile.
-        """
-        shard, parts = self._places[key]
-        return {part: self._opened(shard).get_tensor(f"{key}.{part}") for part in parts}
-
-    def _open(self, shard: str) -> Any:
-        """A file mapped into memory; what is not read of it takes none."""
-        path = self.folder / shard
-        try:
-            return safetensors.safe_open(path, framework="numpy")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(str(path), f"was removed or damaged ({error})", "start again; it is made again") from None
-
-    def _write(self, found: dict[str, dict[str, np.ndarray]]) -> None:
-        tensors = [
-            TensorSource(f"{key}.{part}", DTYPE_NAMES[array.dtype], array.shape, lambda array=array: array)
-            for key, parts in found.items()
-            for part, array in parts.items()
-        ]
-        name = f"{hashlib.sha256(' '.join(found).encode()).hexdigest()[:32]}.safetensors"
-        with atomic_file(self.folder / name) as partial:
-            write_safetensors(partial, tensors, {"format": "mlx-cm features"})
-        self.refresh()
-
-
-def _shards(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items file by file."""
-    shard: list[Item] = []
-    size = 0
-    for item in items:
-        shard.append(item)
-        size += getattr(item.content, "nbytes", SHARD_BYTES // TEXT_ENTRIES)
-        if len(shard) == SHARD_ENTRIES or size >= SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
-
-
-def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Items of one shape, up to `batch_size` at a time."""
-    by_shape = sorted(items, key=lambda item: item.shape)
-    for _, group in itertools.groupby(by_shape, key=lambda item: item.shape):
-        members = list(group)
-        yield from (members[start : start + batch_size] for start in range(0, len(members), batch_size))
 
 
 class LatentBatches:
@@ -213,7 +67,7 @@ class LatentBatches:
         progress: called for each picture variant and each text.
 
     Raises:
-        UsageError: both or none of `encode_prompts` and `tokenize`.
+        UsageError: both or none of `encode_prompts` and `tokenize`, or an order that does not fit.
         ModelError: a picture has become unreadable since the data was opened.
         OutputError: an encoder's result is not finite.
         DiskError: the features cannot be written.
@@ -239,15 +93,16 @@ class LatentBatches:
     ):
         if (encode_prompts is None) == (tokenize is None):
             raise UsageError("latent batches", "expected either encode_prompts or tokenize")
-        if settings.is_random and settings.variants == 1:
-            log.warning("crops and flips are fixed, one per picture: data.variants above 1 makes more of them")
+        if settings.variants == 1 and (settings.flip or settings.crop == "random"):
+            log.warning("each picture is cropped and flipped in one way only; set data.variants to encode several")
         self.data, self.order, self.settings, self.seed = data, order, settings, seed
         self.with_time_ids = with_time_ids
         root = Path(root or cache_root() / "features")
         self._targets = target_sizes(data, settings)
+        check_order(order, self._targets)
         self._captions = [caption or "" for caption in data.captions]
         texts = sorted({*self._captions, *prompts})
-        report = _Report(progress, len(data) * settings.variants + (len(texts) if encode_prompts else 0))
+        report = _Report(progress, len(data) * settings.distinct_variants + (len(texts) if encode_prompts else 0))
 
         self._latents = FeatureStore(root / f"latents-{_short_hash(picture_model)}")
         self._variants = _encode_variants(
@@ -277,12 +132,10 @@ class LatentBatches:
         Raises:
             ModelError: cached features were removed meanwhile.
         """
-        stop = self.order.batch_size if stop is None else stop
-        if not 0 <= start < stop <= self.order.batch_size:
-            raise UsageError(f"rows {start} to {stop}", f"expected some of the {self.order.batch_size} rows of a batch")
+        stop = self.order.checked_stop(start, stop)
         indices = self.order.batch(step)[start:stop]
         draws = augmentation_draws(self.seed, step, stop)[start:, 0]
-        variants = (draws * self.settings.variants).astype(int).tolist()
+        variants = (draws * self.settings.distinct_variants).astype(int).tolist()
         features = [
             self._latents.read(self._variants[index][variant]) for index, variant in zip(indices, variants, strict=True)
         ]
@@ -300,8 +153,8 @@ class LatentBatches:
         """Rows for captions of the data or for `prompts`.
 
         Returns:
-            `states`, (B, T, D), and where the encoders give it `pooled`, (B, P), both as the encoders compute them; or
-            with `tokenize` the ids of each tokenizer, int32, (B, L), as `ids`, `ids_2`, ...
+            `states`, (B, T, D), and where the encoders give it `pooled`, (B, P), in float16 or float32; or with
+            `tokenize` the ids of each tokenizer, int32, (B, L), as `ids`, `ids_2`, ...
 
         Raises:
             UsageError: a text that is neither.
@@ -341,7 +194,7 @@ def _encode_variants(
     encode: EncodePictures,
     root: Path,
     batch_size: int,
-    report: Callable[[Item], None],
+    report: Callable[[str], None],
 ) -> list[list[str]]:
     """Fills the store with every variant of every picture; returns their keys.
 
@@ -350,14 +203,17 @@ def _encode_variants(
     how = json.dumps([os.fsencode(data.path.resolve()).hex(), settings.crop, settings.flip])
     remembered = Remembered(root / "prepared" / f"{_short_hash(how)}.json")
     keys = [
-        _known_keys(remembered, entry, target, settings.variants)
+        _known_keys(remembered, entry, target, settings.distinct_variants)
         for entry, target in zip(data.entries, targets, strict=True)
     ]
-    places = [(index, variant) for index in range(len(data)) for variant in range(settings.variants)]
-    missing = [(index, variant) for index, variant in places if keys[index][variant] not in store]
+    missing = []
+    for index, entry in enumerate(data.entries):
+        for variant in range(settings.distinct_variants):
+            if keys[index][variant] in store:
+                report(entry.name)
+            else:
+                missing.append((index, variant))
     missing.sort(key=lambda place: targets[place[0]])  # pictures of one size can be encoded together
-    for index, variant in sorted(set(places) - set(missing)):
-        report(Item(keys[index][variant], data.entries[index].name, None))
 
     def prepared(place: tuple[int, int]) -> Item:
         index, variant = place
@@ -384,7 +240,7 @@ def _encode_variants(
 def _known_keys(remembered: Remembered, entry: Entry, target: Size, variants: int) -> list[str | None]:
     """The keys of a picture's variants, None for those to be found out; more than are needed stay remembered."""
     match remembered.get(entry.name, entry.stamp):
-        case [height, width, *known] if (height, width) == target:
+        case [height, width, *known] if (height, width) == target and all(isinstance(key, str) for key in known):
             return known + [None] * (variants - len(known))
     return [None] * variants
 
@@ -449,7 +305,7 @@ class _Report:
     def __init__(self, progress: Progress | None, total: int):
         self.progress, self.total, self.count = progress, total, 0
 
-    def __call__(self, item: Item) -> None:
+    def __call__(self, name: str) -> None:
         self.count += 1
         if self.progress:
-            self.progress(self.count, self.total, item.name)
+            self.progress(self.count, self.total, name)

@@ -3,11 +3,13 @@
 import bisect
 import enum
 import functools
+import itertools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from mlx_cm.errors import UsageError
+from mlx_cm.rng import check_seeds
 
 
 class Purpose(enum.IntEnum):
@@ -20,10 +22,13 @@ class Purpose(enum.IntEnum):
 
 
 def random_bits(seed: int, purpose: Purpose, index: int, stream: int = 0) -> np.random.Philox:
-    """A source of random bits that is a function of its arguments, each below 2^64."""
-    return np.random.Philox(
-        key=np.array([seed, purpose], np.uint64), counter=np.array([0, 0, stream, index], np.uint64)
-    )
+    """A source of random bits that is a function of its arguments, each below 2^64.
+
+    Raises:
+        UsageError: a seed outside 0 ... 2^64 - 1.
+    """
+    key = np.array([*check_seeds([seed]), purpose], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, stream, index], np.uint64))
 
 
 class Order:
@@ -40,7 +45,7 @@ class Order:
         buckets: for each picture what it shares with those it may be batched with; None: all of them.
 
     Raises:
-        UsageError: no picture, no batch, or as many buckets as there are not pictures.
+        UsageError: no picture, an empty batch, or buckets of another number of pictures.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, buckets: Sequence[Hashable] | None = None):
@@ -52,8 +57,8 @@ class Order:
         members: dict[Hashable, list[int]] = {}
         for index, bucket in enumerate([None] * count if buckets is None else buckets):
             members.setdefault(bucket, []).append(index)
-        self._buckets = [np.array(indices) for indices in members.values()]
-        self._permutation = functools.lru_cache(4 * len(self._buckets))(self._permute)
+        self.buckets = [np.array(indices) for indices in members.values()]
+        self._permutation = functools.lru_cache(4 * len(self.buckets))(self._permute)
         self._interleaved = functools.lru_cache(4)(self._interleave)
 
     def batch(self, step: int) -> list[int]:
@@ -63,8 +68,19 @@ class Order:
         epoch = self._epoch_of(step)
         bucket, number = self._interleaved(epoch)[step - self._batches_before(epoch)]
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        size = len(self._buckets[bucket])
+        size = len(self.buckets[bucket])
         return [int(self._permutation(bucket, position // size)[position % size]) for position in positions]
+
+    def checked_stop(self, start: int, stop: int | None) -> int:
+        """Where rows [start, stop) of a batch end; None: with the batch.
+
+        Raises:
+            UsageError: no rows, or some beyond the batch.
+        """
+        stop = self.batch_size if stop is None else stop
+        if not 0 <= start < stop <= self.batch_size:
+            raise UsageError(f"rows {start} to {stop}", f"expected some of the {self.batch_size} rows of a batch")
+        return stop
 
     def epoch(self, step: int) -> float:
         """How many times every picture was seen before a step, on average."""
@@ -72,32 +88,27 @@ class Order:
 
     def _completed(self, bucket: int, epoch: int) -> int:
         """Batches that a bucket's stream completes before an epoch."""
-        return epoch * len(self._buckets[bucket]) // self.batch_size
+        return epoch * len(self.buckets[bucket]) // self.batch_size
 
     def _batches_before(self, epoch: int) -> int:
-        return sum(self._completed(bucket, epoch) for bucket in range(len(self._buckets)))
+        return sum(self._completed(bucket, epoch) for bucket in range(len(self.buckets)))
 
     def _epoch_of(self, step: int) -> int:
         """The epoch whose batches a step is one of; up to one batch per bucket waits for a later epoch."""
         first = step * self.batch_size // self.count
-        last = (step + 1 + len(self._buckets)) * self.batch_size // self.count + 1
+        last = (step + 1 + len(self.buckets)) * self.batch_size // self.count + 1
         return bisect.bisect_right(range(last + 1), step, lo=first, key=self._batches_before) - 1
 
     def _interleave(self, epoch: int) -> list[tuple[int, int]]:
         """The batches of an epoch in order: (bucket, number within the bucket's stream)."""
-        waiting = [
-            iter(range(self._completed(bucket, epoch), self._completed(bucket, epoch + 1)))
-            for bucket in range(len(self._buckets))
-        ]
-        turns = [bucket for bucket, numbers in enumerate(waiting) for _ in range(numbers.__length_hint__())]
-        if len(self._buckets) > 1:
-            turns = [
-                turns[place] for place in _shuffled(len(turns), random_bits(self.seed, Purpose.INTERLEAVING, epoch))
-            ]
-        return [(bucket, next(waiting[bucket])) for bucket in turns]
+        first, end = ([self._completed(bucket, at) for bucket in range(len(self.buckets))] for at in (epoch, epoch + 1))
+        turns = [bucket for bucket in range(len(self.buckets)) for _ in range(first[bucket], end[bucket])]
+        places = _shuffled(len(turns), random_bits(self.seed, Purpose.INTERLEAVING, epoch))
+        numbers = [itertools.count(number) for number in first]
+        return [(turns[place], next(numbers[turns[place]])) for place in places]
 
     def _permute(self, bucket: int, epoch: int) -> np.ndarray:
-        indices = self._buckets[bucket]
+        indices = self.buckets[bucket]
         return indices[_shuffled(len(indices), random_bits(self.seed, Purpose.ORDER, epoch, bucket))]
 
 
