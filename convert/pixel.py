@@ -20,7 +20,7 @@ from mlx_cm.convert.readers import Checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, karras_schedule
 from mlx_cm.errors import ModelError
 from mlx_cm.models.unet2d import UNet2DConfig
-from mlx_cm.pipelines.pixel import PixelSettings
+from mlx_cm.pipelines.pixel import PixelSettings, check_levels
 from mlx_cm.presets import PRESETS
 from mlx_cm.schedules import KarrasSchedule
 from mlx_cm.storage import read_json
@@ -28,6 +28,7 @@ from mlx_cm.storage import read_json
 PIPELINE = "ConsistencyModelPipeline"
 UNET, NETWORK = "unet", "UNet2D"
 OPENAI_TITLE = "OpenAI consistency model or EDM teacher"
+CTM_TITLE = "consistency trajectory model"
 
 
 def plan_pipeline(source: Path, index: Mapping[str, Any], options: Options) -> Plan:
@@ -53,6 +54,8 @@ def plan_openai_file(source: Path, checkpoint: Checkpoint, options: Options) -> 
         raise ModelError(str(source), error.why, error.hint) from None
     config = config_from_dict(UNet2DConfig, fields, str(source))
     component = mapped(config, checkpoint, openai_unet_rules(config), options, str(source))
+    if config.trajectory:  # tensors of a second level, which only these have
+        return _with_preset(_plan(CTM_TITLE, component, settings={"parameterization": "trajectory"}), options)
     return _with_preset(_plan(OPENAI_TITLE, component), options)
 
 
@@ -65,14 +68,16 @@ def _plan(
 def _with_preset(plan: Plan, options: Options) -> Plan:
     """Adds what a preset knows, or says that nobody told which of the published models this is."""
     refuse_parts(options)
-    settings, schedule, notes = dict(plan.sampler), plan.schedule, list(plan.notes)
+    given, schedule, notes = dict(plan.sampler), plan.schedule, list(plan.notes)
     if options.preset:
         preset = PRESETS[options.preset]
-        settings |= {"preset": options.preset, "parameterization": preset.parameterization}
+        given |= {"preset": options.preset, "parameterization": preset.parameterization}
         schedule = replace(schedule, num_scales=preset.num_scales)
     elif not plan.sampler:
         notes.append(
             "the tensors do not tell how the model was trained: taken as a consistency model with a grid of "
             f"{schedule.num_scales} noise levels; if it is a published one, pass --preset NAME ({', '.join(PRESETS)})"
         )
-    return replace(plan, schedule=schedule, sampler=vars(PixelSettings(**settings)), notes=tuple(notes))
+    settings = PixelSettings(**given)
+    check_levels(plan.components[UNET].config.trajectory, settings)
+    return replace(plan, schedule=schedule, sampler=vars(settings), notes=tuple(notes))

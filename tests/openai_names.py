@@ -19,6 +19,7 @@ def openai_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
         ours = (block.norm1, block.conv1, block.time_emb_proj, block.norm2, block.conv2, block.conv_shortcut)
         for leaf, module in zip(leaves, ours, strict=True):
             put(f"{name}.{leaf}", module)
+        put(f"{name}.emb_layers_s.1", getattr(block, "time_emb_proj_s", None))  # CTM's
 
     def put_attention(name: str, block: torch.nn.Module) -> None:
         put(f"{name}.norm", block.group_norm)
@@ -35,6 +36,9 @@ def openai_state_dict(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     put("time_embed.0", unet.time_embedding.linear_1)
     put("time_embed.2", unet.time_embedding.linear_2)
+    if hasattr(unet, "time_embedding_s"):
+        put("time_embed_s.0", unet.time_embedding_s.linear_1)
+        put("time_embed_s.2", unet.time_embedding_s.linear_2)
     put("label_emb", unet.class_embedding)
     put("input_blocks.0.0", unet.conv_in)
     down = []

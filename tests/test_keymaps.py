@@ -1,17 +1,21 @@
 """Name tables: total in both directions, and OpenAI's names against a map written independently of the table."""
 
 import itertools
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from mlx.utils import tree_flatten
 from openai_names import openai_state_dict
 from parity import channels_last, relative_error
 from safetensors.torch import save_file
 from tiny_models import CONDITIONAL, UNCONDITIONAL, make_unet, native_config
+from trajectory_reference import make_trajectory_unet, native_trajectory_unet
 
+import mlx_cm
 from mlx_cm.config import config_from_dict
 from mlx_cm.convert import Options, convert
 from mlx_cm.convert.keymaps.openai_unet import is_openai_unet, openai_unet_config, openai_unet_rules
@@ -378,3 +382,47 @@ def test_both_dialects_make_the_same_file(name, container, tmp_path):
     output = ours(channels_last(x), mx.array(t.numpy()), None if labels is None else mx.array(labels))
     theirs = unet(x, t, None if labels is None else torch.tensor(labels)).sample
     assert relative_error(output, theirs) < 1e-4
+
+
+# --- CTM's names
+
+
+def trajectory_file(path: Path, name: str = "conditional") -> tuple[Path, torch.nn.Module]:
+    unet = make_trajectory_unet(ROUND_TRIPS[name] | {"attention_head_dim": 16, "sample_size": 64}, seed=4)
+    torch.save({key: value.contiguous() for key, value in openai_state_dict(unet).items()}, path)
+    return path, unet
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_a_file_of_ctms_makes_a_trajectory_model(name, tmp_path):
+    flat, unet = trajectory_file(tmp_path / "ema_0.999_049000.pt", name)
+    report = convert(flat, tmp_path / "native", Options(overrides={"attention_head_dim": 16}))
+    assert (report.family, report.notes) == ("consistency trajectory model", ())
+    pipe = mlx_cm.load(tmp_path / "native", dtype="float32")
+    assert pipe.settings.parameterization == "trajectory"
+    assert pipe.resolve().sampler == "ctm"
+    expected = native_trajectory_unet(unet)
+    assert pipe.backbone.config == expected.config
+    ours, theirs = (dict(tree_flatten(model.parameters())) for model in (pipe.backbone, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("preset", ["cd-imagenet64-l2", "edm"])
+def test_a_file_of_ctms_is_none_of_the_published_models_of_one_level(preset, tmp_path):
+    flat, _ = trajectory_file(tmp_path / "ctm.pt")
+    with pytest.raises(ModelError, match="unet: is told the level to jump to, so it is not a"):
+        convert(flat, tmp_path / "native", Options(overrides={"attention_head_dim": 16}, preset=preset))
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    "missing", ["time_embed_s.2.bias", "output_blocks.1.0.emb_layers_s.1.weight", "time_embed_s.0"]
+)
+def test_a_part_of_the_second_level_is_missed(missing):
+    with torch.device("meta"):
+        unet = make_trajectory_unet(ROUND_TRIPS["unconditional"])
+    tensors = without(missing)(headers(openai_state_dict(unet)))
+    config = config_from_dict(UNet2DConfig, openai_unet_config(tensors, {"attention_head_dim": 16}), "test")
+    with pytest.raises(ModelError, match=r"missing|not known to this model"):
+        apply_rules(tensors, openai_unet_rules(config), parameter_shapes(UNet2D(config)))

@@ -1,5 +1,6 @@
 """The pixel U-Net against diffusers' `UNet2DModel`: each layer, each block and the whole, in many small layouts."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -373,6 +374,11 @@ def test_published_sizes(config, parameters, tensors):
         for name, value in tree_flatten(model.parameters())
     }
     assert ours == theirs
+
+
+def test_size_of_ctms_model():
+    """Counted with sony/ctm's own code; its tensors are fewer, since q, k and v are one there."""
+    assert parameter_count(UNet2D(dataclasses.replace(IMAGENET_64, trajectory=True))) == (324_100_611, 617 + 2 * 44)
 
 
 def test_one_time_for_all_images():

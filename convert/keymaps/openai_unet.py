@@ -1,7 +1,7 @@
 """OpenAI's flat state dicts (`cd_*.pt`, `ct_*.pt`, `edm_*.pt`): names and sizes of the pixel U-Net.
 
-The reference is openai/consistency_models `cm/unet.py`. Its blocks are numbered in the order they run; `UNet2D` groups
-them by resolution level.
+The reference is openai/consistency_models `cm/unet.py`, and sony/ctm's of the same name, which adds the second level of
+[CTM] (`ema_*.pt`). Blocks are numbered in the order they run; `UNet2D` groups them by resolution level.
 """
 
 import re
@@ -20,15 +20,18 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
+TWO_LEVEL_RESNET = RESNET | {"emb_layers_s.1": "time_emb_proj_s"}
 ATTENTION = {"norm": "group_norm", "qkv": ("to_q", "to_k", "to_v"), "proj_out": "to_out.0"}
 OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
+    "time_embed_s.0": "time_embedding_s.linear_1",
+    "time_embed_s.2": "time_embedding_s.linear_2",
     "label_emb": "class_embedding",
     "input_blocks.0.0": "conv_in",
-    "middle_block.0": ("mid_block.resnets.0", RESNET),
+    "middle_block.0": ("mid_block.resnets.0", TWO_LEVEL_RESNET),
     "middle_block.1": ("mid_block.attentions.0", ATTENTION),
-    "middle_block.2": ("mid_block.resnets.1", RESNET),
+    "middle_block.2": ("mid_block.resnets.1", TWO_LEVEL_RESNET),
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
@@ -51,23 +54,23 @@ def openai_unet_rules(config: UNet2DConfig) -> list[Rule]:
     number = 1  # input_blocks.0 is conv_in
     for level in range(levels):
         for layer in range(layers):
-            rules += rename(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{layer}", RESNET)
+            rules += rename(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{layer}", TWO_LEVEL_RESNET)
             rules += rename(f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{layer}", ATTENTION)
             number += 1
         if level < levels - 1:
-            rules += rename(f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0", RESNET)
+            rules += rename(f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0", TWO_LEVEL_RESNET)
             number += 1
 
     number = 0
     for level, kind in enumerate(config.up_block_types):
         for layer in range(layers + 1):
-            rules += rename(f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{layer}", RESNET)
+            rules += rename(f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{layer}", TWO_LEVEL_RESNET)
             has_attention = kind == "AttnUpBlock2D"
             if has_attention:
                 rules += rename(f"output_blocks.{number}.1", f"up_blocks.{level}.attentions.{layer}", ATTENTION)
             if layer == layers and level < levels - 1:
                 place = 2 if has_attention else 1
-                rules += rename(f"output_blocks.{number}.{place}", f"up_blocks.{level}.upsamplers.0", RESNET)
+                rules += rename(f"output_blocks.{number}.{place}", f"up_blocks.{level}.upsamplers.0", TWO_LEVEL_RESNET)
             number += 1
     return rules
 
@@ -117,6 +120,7 @@ def openai_unet_config(tensors: Mapping[str, TensorSource], overrides: Mapping[s
         "attn_norm_num_groups": 32 if scale_shift else None,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "num_class_embeds": _size(tensors, "label_emb.weight") if "label_emb.weight" in tensors else None,
+        "trajectory": "time_embed_s.0.weight" in tensors,
     }
     if (embedded := _size(tensors, "time_embed.0.weight")) != 4 * width:
         fields["time_embedding_dim"] = embedded
