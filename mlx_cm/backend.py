@@ -210,8 +210,11 @@ def conv2d(
     if not on_gpu() and kernel == ((1, 1), 1, 0):
         return _add_product(bias, x, weight[:, 0, 0])
     if not on_gpu() and kernel == ((3, 3), 1, 1) and shifting_pays(x.shape):
-        return _conv3x3_shifted(x, weight, bias)
-    y = mx.conv2d(x, weight, stride=stride, padding=padding)
+        y = _conv3x3_shifted(x, weight)
+    elif not on_gpu() and kernel[:2] == ((3, 3), 2):
+        y = _conv3x3_halving(x, weight, padding)
+    else:
+        y = mx.conv2d(x, weight, stride=stride, padding=padding)
     return y if bias is None else y + bias
 
 
@@ -226,7 +229,8 @@ def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
     """
     batch, height, width, channels = x.shape
     if not on_gpu() and shifting_pays((batch, 2 * height, 2 * width, channels)):
-        return _upsample_conv3x3_phases(x, weight, bias)
+        y = _upsample_conv3x3_phases(x, weight)
+        return y if bias is None else y + bias
     return conv2d(upsample_nearest(x), weight, bias, padding=1)
 
 
@@ -246,19 +250,51 @@ def shifting_pays(shape: tuple[int, ...]) -> bool:
     return batch * height * width >= 4096 and min(height, width) >= 16 and channels >= 16
 
 
-def _conv3x3_shifted(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+@mx.custom_function
+def _conv3x3_shifted(x: mx.array, weight: mx.array) -> mx.array:
     """A 3x3 convolution as nine matrix products, one per tap, of the padded map shifted by whole rows of its matrix.
 
     Where positions are the rows of a matrix, a tap is an offset; nothing is gathered, which on a CPU costs nine times
     the input's memory and most of the time. The columns of padding are computed too, and dropped.
     """
+    return _sum_of_shifts(x, weight)
+
+
+def _sum_of_shifts(x: mx.array, weight: mx.array) -> mx.array:
     taps = mx.contiguous(weight.transpose(1, 2, 0, 3))  # (3, 3, out, C)
-    return _sum_of_taps(
-        _flatten_padded(x), x.shape, [(dy, dx, taps[dy, dx]) for dy in range(3) for dx in range(3)], bias
-    )
+    return _sum_of_taps(_flatten_padded(x), x.shape, [(dy, dx, taps[dy, dx]) for dy in range(3) for dx in range(3)])
 
 
-def _upsample_conv3x3_phases(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+@_conv3x3_shifted.vjp
+def _conv3x3_shifted_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The gradient of x is a convolution again, with the kernel turned around; by itself it would be nine scatters."""
+    x, weight = primals
+    turned = weight[:, ::-1, ::-1].transpose(3, 1, 2, 0)
+    _, (of_weight,) = mx.vjp(lambda weight: _sum_of_shifts(x, weight), [weight], [cotangent])
+    return conv2d(cotangent, turned, padding=1), of_weight
+
+
+def _conv3x3_halving(x: mx.array, weight: mx.array, padding: int) -> mx.array:
+    """A 3x3 convolution with stride 2 as one of 2x2 with stride 1 over blocks of 2x2 positions.
+
+    MLX's CPU build computes the gradient of a strided convolution value by value; this one's is a matrix product.
+    """
+    batch, height, width, channels = x.shape
+    sides = [(side + 2 * padding - 3) // 2 + 1 for side in (height, width)]
+    # The last blocks reach a position further than the kernel, where it is zero; what lies behind is never met.
+    ends = [2 * (side + 1) - padding - whole for side, whole in zip(sides, (height, width), strict=True)]
+    x = mx.pad(x, [(0, 0), *((padding, max(end, 0)) for end in ends), (0, 0)])
+    rows, columns = (side + 1 for side in sides)
+    blocks = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
+    blocks = blocks.swapaxes(2, 3).reshape(batch, rows, columns, 4 * channels)
+    kernel = mx.pad(weight, [(0, 0), (0, 1), (0, 1), (0, 0)]).reshape(-1, 2, 2, 2, 2, channels)
+    return mx.conv2d(blocks, kernel.swapaxes(2, 3).reshape(-1, 2, 2, 4 * channels))
+
+
+@mx.custom_function
+def _upsample_conv3x3_phases(x: mx.array, weight: mx.array) -> mx.array:
     """The four phases (even and odd rows and columns) of the result, each a 2x2 convolution of the small map.
 
     Repeated positions share an input, so their taps are added beforehand: 16 products in place of 36.
@@ -274,9 +310,18 @@ def _upsample_conv3x3_phases(x: mx.array, weight: mx.array, bias: mx.array | Non
                 for dy, row in enumerate(rows)
                 for dx, tap in enumerate(_fold_taps(row.swapaxes(0, 1), phase_x))
             ]
-            phases.append(_sum_of_taps(flat, x.shape, taps, bias))
+            phases.append(_sum_of_taps(flat, x.shape, taps))
     y = mx.stack(phases, axis=3).reshape(batch, height, width, 2, 2, -1)
     return y.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, -1)
+
+
+@_upsample_conv3x3_phases.vjp
+def _upsample_conv3x3_phases_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> list[mx.array]:
+    """The gradients of what is meant, a convolution of the repeated map."""
+    _, gradients = mx.vjp(lambda x, weight: _conv3x3_shifted(upsample_nearest(x), weight), list(primals), [cotangent])
+    return gradients
 
 
 def _fold_taps(taps: mx.array, phase: int) -> tuple[mx.array, mx.array]:
@@ -290,9 +335,7 @@ def _flatten_padded(x: mx.array) -> mx.array:
     return mx.pad(x, [(0, 0), (1, 2), (1, 1), (0, 0)]).reshape(batch, (height + 3) * (width + 2), channels)
 
 
-def _sum_of_taps(
-    flat: mx.array, shape: tuple[int, ...], taps: list[tuple[int, int, mx.array]], bias: mx.array | None
-) -> mx.array:
+def _sum_of_taps(flat: mx.array, shape: tuple[int, ...], taps: list[tuple[int, int, mx.array]]) -> mx.array:
     """Sum over taps (dy, dx, kernel (out, C)) of the padded map moved by (dy, dx) times the kernel.
 
     Args:
@@ -303,7 +346,7 @@ def _sum_of_taps(
         (B, H, W, out).
     """
     batch, height, width, _ = shape
-    total = bias
+    total = None
     for dy, dx, kernel in taps:
         start = dy * (width + 2) + dx
         total = _add_product(total, flat[:, start : start + height * (width + 2)], kernel)
