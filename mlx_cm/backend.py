@@ -4,7 +4,9 @@ On a GPU (Metal, CUDA) these are MLX's own kernels. MLX's CPU build has no vecto
 functions and accumulates rows serially, so there the same mathematics is arranged differently.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -212,7 +214,7 @@ def conv2d(
     if not on_gpu() and kernel == ((3, 3), 1, 1) and shifting_pays(x.shape):
         y = _conv3x3_shifted(x, weight)
     elif not on_gpu() and kernel[:2] == ((3, 3), 2):
-        y = _conv3x3_halving(x, weight, padding)
+        y = _halving_conv3x3(padding)(x, weight)
     else:
         y = mx.conv2d(x, weight, stride=stride, padding=padding)
     return y if bias is None else y + bias
@@ -276,10 +278,26 @@ def _conv3x3_shifted_vjp(
     return conv2d(cotangent, turned, padding=1), of_weight
 
 
+@functools.cache
+def _halving_conv3x3(padding: int) -> Callable[[mx.array, mx.array], mx.array]:
+    """A 3x3 convolution with stride 2 whose gradients are those of `_conv3x3_halving`."""
+
+    @mx.custom_function
+    def convolution(x: mx.array, weight: mx.array) -> mx.array:
+        return mx.conv2d(x, weight, stride=2, padding=padding)
+
+    @convolution.vjp
+    def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        return mx.vjp(lambda x, weight: _conv3x3_halving(x, weight, padding), list(primals), [cotangent])[1]
+
+    return convolution
+
+
 def _conv3x3_halving(x: mx.array, weight: mx.array, padding: int) -> mx.array:
     """A 3x3 convolution with stride 2 as one of 2x2 with stride 1 over blocks of 2x2 positions.
 
-    MLX's CPU build computes the gradient of a strided convolution value by value; this one's is a matrix product.
+    MLX's CPU build computes the gradient of a strided convolution value by value; this one's is a matrix product. It
+    takes more memory, and is worth it for the gradient alone.
     """
     batch, height, width, channels = x.shape
     sides = [(side + 2 * padding - 3) // 2 + 1 for side in (height, width)]
