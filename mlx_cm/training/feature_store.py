@@ -112,6 +112,7 @@ class FeatureStore:
 
         for shard in _shards(unknown()):
             with conversion_lock(self.folder):
+                self._remove_leftovers()
                 self.refresh()
                 missing = list({item.key: item for item in shard if item.key not in self}.values())
                 found: dict[str, dict[str, np.ndarray]] = {}
@@ -138,6 +139,12 @@ class FeatureStore:
             return safetensors.safe_open(path, framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(str(path), f"was removed or damaged ({error})", "start again; it is made again") from None
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a killed process had begun to write; whoever holds the lock is the only one to write."""
+        for partial in self.folder.glob(".*.safetensors.*.partial"):
+            with disk_errors(partial):
+                partial.unlink(missing_ok=True)
 
     def _write(self, found: dict[str, dict[str, np.ndarray]]) -> None:
         tensors = [
