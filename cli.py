@@ -144,8 +144,10 @@ SAMPLING_OPTIONS = _options(
     click.option("--prompt-weights", is_flag=True, help="Read (word:1.3) and [word] in prompts as weights."),
     click.option("--steps", type=int, help="Network calls; by default what the model is made for."),
     click.option("--times", metavar="LIST", help="Levels 80,1.38; timesteps 999,499; grid:0,22; a preset; auto."),
-    click.option("--sampler", default="auto", show_default=True, help="onestep, multistep, heun, euler; lcm, tcd."),
-    click.option("--eta", type=float, help="Of tcd: how much noise is put in again, 0 to 1."),
+    click.option(
+        "--sampler", default="auto", show_default=True, help="onestep, multistep, heun, euler, ctm; lcm, tcd, ddim."
+    ),
+    click.option("--eta", type=float, help="Of tcd and ctm: how much noise is put in again, 0 to 1."),
     click.option("--original-steps", type=int, help="Steps of the distillation, where the checkpoint does not say."),
     click.option("--guidance", "guidance_scale", type=float, help="How strongly the prompt pulls; 1 is no guidance."),
     click.option("--width", type=click.IntRange(max=MAX_SIDE), help="Pixels."),
@@ -359,6 +361,7 @@ def _load(
             **{name: value for name, value in parts.items() if name in ("dtype", "quantize", "vae")},
             **(asked if image is None else {side: asked[side] or getattr(image, side) for side in asked}),
             guidance_scale=settings.get("guidance_scale"),
+            sampler=settings.get("sampler"),
             batch=min(batch, _count_of_pictures(settings)),
             low_ram=low_ram,
             tiled=settings.get("tiled") or None,
@@ -599,6 +602,56 @@ def quantize(source: str, destination: Path, bits: int, overwrite: bool, quiet: 
     with _progress("loading", quiet, unit="B") as progress:
         folder = native_folder(source, progress=progress)
     click.echo(quantize_folder(folder, destination, bits, overwrite=overwrite))
+
+
+@cli.command()
+@click.argument("method", metavar="METHOD")
+@click.option("--data", metavar="PATH", help="Folder of pictures, .npz, or tar shards.")
+@click.option("-m", "--model", metavar="REF", help="What to start from, or to distil.")
+@click.option("-o", "--output", metavar="RUN", required=True, type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--config", metavar="FILE|RECIPE", help="Settings as TOML, or the name of a shipped recipe.")
+@click.option("--set", "overrides", multiple=True, callback=_pairs, metavar="SECTION.NAME=VALUE", help="One setting.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option("--strict-data", is_flag=True, help="Refuse data with a picture that cannot be used.")
+@click.option("--json", "as_json", is_flag=True, help="Report as one JSON object.")
+@common_options
+def train(method: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train a model.
+
+    \b
+    METHOD is one of
+      teacher      a diffusion model, of pixels or latents, to distil from
+      autoencoder  for latent models
+      cd           consistency distillation of a teacher
+      ct, ict      consistency training, without a teacher
+      ctm          consistency trajectories
+      lcd          latent consistency distillation, guidance included
+      lcm-lora     the same as an adapter
+      lcf          fine-tuning of a latent consistency model
+
+    \b
+    mlx-cm train ict --data pictures/ --config digits-ict -o run
+    mlx-cm train ict -o run --resume
+
+    Ctrl-C finishes the step under way and writes a checkpoint.
+    """
+    from mlx_cm.training.run import train as run_training
+
+    def on_step(step: Any, total: int, speed: float) -> None:
+        report(step.step, total, f"loss {step.loss:.4g}, {speed:.3g} images/s")
+
+    with _progress("training", quiet, unit="step") as report:
+        result = run_training(method, output, progress=report, on_step=on_step, **options)
+    if result.skipped and not quiet:
+        click.echo(f"note: {len(result.skipped)} pictures could not be used", err=True)
+    if result.stopped_by is not None:
+        where = f"at step {result.step}, a checkpoint is written"
+        code = INTERRUPTED if result.stopped_by == signal.SIGINT else TERMINATED
+        _fail("interrupted", where, f"mlx-cm train {method} -o {output} --resume", code)
+    if as_json:
+        click.echo(json.dumps({"run": str(result.folder), "model": str(result.model), "step": result.step}))
+    elif result.model is not None:  # None on all processes but the first
+        click.echo(result.model)
 
 
 @cli.group()

@@ -4,7 +4,7 @@
 `conversion` writes it; `exporting` is the way back.
 """
 
-from mlx_cm.convert.adapters import describe_adapter, load_adapter
+from mlx_cm.convert.adapters import describe_adapter, load_adapter, write_adapter
 from mlx_cm.convert.conversion import Report, convert, plan_conversion
 from mlx_cm.convert.exporting import export
 from mlx_cm.convert.latent_parts import MissingParts
@@ -22,4 +22,5 @@ __all__ = [
     "export",
     "load_adapter",
     "plan_conversion",
+    "write_adapter",
 ]

@@ -19,11 +19,14 @@ from mlx_cm.convert.readers import Checkpoint, choose_weight_files, open_checkpo
 from mlx_cm.errors import ModelError
 from mlx_cm.lora import Adapter, LoraLayer
 from mlx_cm.model_folder import weights_digest
-from mlx_cm.storage import TensorSource, read_json, sha256_file
+from mlx_cm.storage import TensorSource, atomic_folder, read_json, sha256_file, write_json, write_safetensors
 
 log = logging.getLogger("mlx_cm")
 
 ADAPTER_CONFIG = "adapter_config.json"  # of peft
+PEFT_FILE, PEFT_FOLDER, PEFT_PREFIX = "adapter_model.safetensors", "peft", "base_model.model."
+KOHYA_FILE = "pytorch_lora_weights.safetensors"
+STORED = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # metadata in which diffusers keeps peft's config, by component
 
 # What a file says of the sampler it is made for: a word among these metadata, the first of which is this program's own.
@@ -471,6 +474,62 @@ def to_peft(adapter: Adapter) -> dict[str, np.ndarray]:
                 f"{component}.{path}{names.PEFT_UP}": scaled,
             }
     return tensors
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> Path:
+    """Writes an adapter of a U-Net in the two forms that other programs load.
+
+    `pytorch_lora_weights.safetensors` has kohya's keys, with each layer's alpha; `peft/` is a folder of peft, with the
+    config that `PeftModel` reads. Both name the sampler that the adapter was made for.
+
+    Args:
+        folder: the folder to make; it takes the place of an old one when it is complete.
+
+    Raises:
+        DiskError: there is no space; nothing half-written stays behind.
+    """
+    notes = {**adapter.metadata, "format": "pt"} | ({SAMPLER_KEY: adapter.sampler} if adapter.sampler else {})
+    with atomic_folder(folder, overwrite=True) as partial:
+        write_safetensors(partial / KOHYA_FILE, _sources(to_kohya(adapter)), notes)
+        (partial / PEFT_FOLDER).mkdir()
+        write_json(partial / PEFT_FOLDER / ADAPTER_CONFIG, _peft_config(adapter))
+        write_safetensors(partial / PEFT_FOLDER / PEFT_FILE, _sources(_peft_tensors(adapter)), notes)
+    return folder
+
+
+def _peft_config(adapter: Adapter) -> dict[str, Any]:
+    """What peft's `LoraConfig` says of an adapter whose layers have one rank and one alpha."""
+    (layers,) = adapter.layers.values()
+    ranks, alphas = ({getattr(layer, name) for layer in layers.values()} for name in ("rank", "alpha"))
+    if len(ranks) != 1 or len(alphas) != 1:
+        raise ModelError(adapter.name, f"has layers of ranks {sorted(ranks)} and alphas {sorted(alphas)}")
+    (rank,), (alpha,) = ranks, alphas
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(layers),
+        "inference_mode": True,
+    }
+
+
+def _peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter's tensors as peft's `save_pretrained` names them; alpha is in the config."""
+    tensors = {}
+    for layers in adapter.layers.values():
+        for path, layer in layers.items():
+            down, up = map(_channels_first, layer.numpy())
+            tensors |= {f"{PEFT_PREFIX}{path}{names.PEFT_DOWN}": down, f"{PEFT_PREFIX}{path}{names.PEFT_UP}": up}
+    return tensors
+
+
+def _sources(tensors: Mapping[str, np.ndarray]) -> list[TensorSource]:
+    return [
+        TensorSource(name, STORED[array.dtype], array.shape, lambda array=array: array)
+        for name, array in tensors.items()
+    ]
 
 
 def _channels_first(array: np.ndarray) -> np.ndarray:

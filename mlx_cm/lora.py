@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_cm import backend
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.models.layers import Conv2d
 
@@ -138,6 +139,69 @@ def lora_targets(model: nn.Module, names: Iterable[str]) -> list[str]:
         raise UsageError(f"LoRA targets {', '.join(idle)}", "no linear layer or convolution of this model is called so")
     wanted = set().union(*found.values())
     return [path for path in paths if path in wanted]
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with a LoRA beside its weight, for training: y = W x + b + alpha / rank up (down x)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) + (x @ self.lora_down.T) @ (self.lora_up.T * self.lora_scale)
+
+
+class AdaptedConv2d(Conv2d):
+    """A convolution with a LoRA beside its weight, for training: a kernel of its size down, a 1x1 kernel up."""
+
+    def __call__(self, x: mx.array, *, upsample: bool = False) -> mx.array:
+        if upsample:
+            narrow = backend.upsample_conv2d(x, self.lora_down)
+        else:
+            narrow = backend.conv2d(x, self.lora_down, stride=self.stride, padding=self.padding)
+        return super().__call__(x, upsample=upsample) + backend.conv2d(narrow, self.lora_up * self.lora_scale)
+
+
+ADAPTED = {nn.Linear: AdaptedLinear, Conv2d: AdaptedConv2d}
+
+
+def attach_lora(model: nn.Module, names: Iterable[str], *, rank: int, alpha: float, key: mx.array) -> nn.Module:
+    """Freezes a model and gives layers of it trainable adapters, which change nothing at first.
+
+    Down is drawn as peft draws it, uniformly within 1 / sqrt(inputs); up is zero. Both are float32. Parameters of the
+    model keep their names.
+
+    Args:
+        names: of `lora_targets`.
+        key: of the draws.
+
+    Raises:
+        UsageError: a name that no layer has, or a rank below 1.
+        ModelError: a layer is quantised; its weights cannot be told a gradient through.
+    """
+    if rank < 1 or not math.isfinite(alpha):
+        raise UsageError(f"rank {rank}, alpha {alpha}", "expected a rank of at least 1 and a finite alpha")
+    modules = _adaptable(model)
+    paths = lora_targets(model, names)
+    model.freeze()
+    for path, layer_key in zip(paths, mx.random.split(key, len(paths)), strict=True):
+        layer = modules[path]
+        if type(layer) not in ADAPTED:
+            raise ModelError(path, f"is a {type(layer).__name__}, to which no LoRA is trained", "train on float ones")
+        out, *inner = layer.weight.shape
+        bound = math.prod(inner) ** -0.5
+        layer.__class__ = ADAPTED[type(layer)]
+        layer.lora_down = mx.random.uniform(-bound, bound, (rank, *inner), key=layer_key)
+        layer.lora_up = mx.zeros((out, *([1] * (len(inner) - 1)), rank))
+        layer.lora_scale = alpha / rank
+        layer.unfreeze(recurse=False, keys=["lora_down", "lora_up"])
+    return model
+
+
+def attached_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapters that `attach_lora` gave a model, as they are trained by now."""
+    return {
+        path: LoraLayer(path, module.lora_down, module.lora_up, module.lora_scale * module.lora_down.shape[0])
+        for path, module in _adaptable(model).items()
+        if isinstance(module, tuple(ADAPTED.values()))
+    }
 
 
 def delta(layer: LoraLayer, scale: float = 1.0) -> mx.array:

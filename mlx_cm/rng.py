@@ -79,12 +79,12 @@ def mlx_noise(seeds: Sequence[int]) -> Noise:
 
     def noise(shape: tuple[int, ...], index: int) -> mx.array:
         _check_request(shape, index, len(keys))
-        return mx.stack([mx.random.normal(tuple(shape[1:]), key=_fold(key, index)) for key in keys])
+        return mx.stack([mx.random.normal(tuple(shape[1:]), key=fold_in(key, index)) for key in keys])
 
     return noise
 
 
-def _fold(key: mx.array, index: int) -> mx.array:
+def fold_in(key: mx.array, index: int) -> mx.array:
     """A key for one draw: the index goes into the low word of a key that is a hash already, and is hashed with it."""
     return mx.random.split(key ^ mx.array([0, index & _WORD], dtype=mx.uint32))[0]
 

@@ -339,3 +339,10 @@ def open_adapter(
     hub_ref = hub_reference(ref)
     adapter = load_adapter(_download(hub_ref, None, progress).path, modules, name=ref, partial=partial)
     return replace(adapter, ref=ref, sampler=adapter.sampler or ADAPTER_SAMPLERS.get(hub_ref.repo_id))
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> Path:
+    """Writes a LoRA in kohya's spelling and, in a folder inside, in peft's; see `mlx_cm.convert.write_adapter`."""
+    from mlx_cm.convert import write_adapter  # only where something foreign is written
+
+    return write_adapter(adapter, folder)

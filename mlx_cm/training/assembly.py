@@ -1,0 +1,189 @@
+"""From settings, networks and data to what the loop works with: an objective, and batches for it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.loading import load_component
+from mlx_cm.model_folder import class_of
+from mlx_cm.parameterization import edm_denoiser
+from mlx_cm.pipelines.latent import LatentConsistencyPipeline
+from mlx_cm.storage import sha256_file
+from mlx_cm.training.data import DataSettings, PictureData, PixelBatches, Progress, make_order
+from mlx_cm.training.features import LatentBatches
+from mlx_cm.training.loop import Batches
+from mlx_cm.training.methods import AUTOENCODER, LATENT, PIXEL
+from mlx_cm.training.models import Trainee
+from mlx_cm.training.objectives import (
+    Autoencoding,
+    Consistency,
+    EdmTeacher,
+    LatentConsistency,
+    LatentModel,
+    LatentTeacher,
+    Objective,
+    PixelModel,
+    Randomness,
+    Trajectory,
+    make_distance,
+)
+from mlx_cm.training.settings import Settings
+
+
+class Unlabelled:
+    """Batches without the labels that the data has and the network has no use for."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+
+    def load(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, mx.array]:
+        """Rows [start, stop) of a step's batch."""
+        rows = self._batches.load(step, start, stop)
+        rows.pop("class_labels", None)
+        return rows
+
+
+def make_batches(settings: Settings, trainee: Trainee, data: PictureData, progress: Progress | None = None) -> Batches:
+    """The batches of a run; for latent models, everything is encoded here, once.
+
+    Raises:
+        UsageError: the data lacks labels that the network needs, or a size does not suit the network.
+        Others as of `PixelBatches` and `LatentBatches`.
+    """
+    chosen, train = _sized(settings.data, trainee), settings.train
+    order = make_order(data, chosen, train.batch_size, train.seed)
+    if trainee.space != LATENT:
+        config = next(iter(trainee.modules.values())).config
+        batches = PixelBatches(data, order, chosen, config.in_channels, train.seed)
+        classes = getattr(config, "num_class_embeds", None)
+        if classes is None:
+            return Unlabelled(batches)
+        if data.num_classes is None or data.num_classes > classes:
+            why = f"the model knows {classes} classes, the data has {data.num_classes or 'no labels'}"
+            raise UsageError(str(data.path), why)
+        return batches
+    pipeline, is_trained = trainee.pipeline, "text_encoder" in trainee.modules
+    return LatentBatches(
+        data,
+        order,
+        chosen,
+        train.seed,
+        encode_pictures=lambda pixels: _posterior(pipeline.autoencoder, pixels),
+        picture_model=_identity(trainee, ["vae"], pipeline.autoencoder),
+        encode_prompts=None if is_trained else lambda texts: tuple(pipeline.encode_prompt(texts)),
+        tokenize=(lambda texts: [one.encode(texts) for one in pipeline.tokenizers]) if is_trained else None,
+        prompt_model="" if is_trained else _identity(trainee, _text_folders(pipeline), *pipeline.text_encoders),
+        with_time_ids=pipeline.is_xl,
+        progress=progress,
+    )
+
+
+def _sized(data: DataSettings, trainee: Trainee) -> DataSettings:
+    """The settings with the size of the network's pictures where none is given."""
+    config = next(iter(trainee.modules.values())).config
+    if trainee.space == LATENT:
+        unit = trainee.pipeline.autoencoder.config.pixels_per_latent
+        side = config.sample_size if "unet" in trainee.modules else trainee.pipeline.backbone.config.sample_size
+        own = tuple(unit * one for one in side) if isinstance(side, tuple) else unit * (side or 0)
+    else:
+        unit, own = getattr(config, "pixels_per_latent", 1), config.sample_size
+    chosen = data if data.size else dataclasses.replace(data, size=own)
+    if trainee.space == PIXEL and chosen.target != (own, own):
+        raise UsageError(f"data.size {chosen.size}", f"this network makes pictures of {own} by {own} pixels")
+    if any(side % unit for side in chosen.target) or (chosen.buckets and chosen.bucket_step % unit):
+        raise UsageError(f"data.size {chosen.size}", f"sides, and steps of buckets, have to be multiples of {unit}")
+    if chosen.buckets and trainee.space != LATENT:
+        raise UsageError("data.buckets", "is for latent models; this network has one size")
+    return chosen
+
+
+def _posterior(autoencoder: nn.Module, pixels: mx.array) -> tuple[mx.array, mx.array | None]:
+    """Mean and standard deviation of scaled latents; a tiny autoencoder has no deviation."""
+    encoded = autoencoder.encode(pixels)
+    if not isinstance(encoded, tuple):
+        return autoencoder.scaled(encoded), None
+    mean, logvar = encoded
+    scaled = autoencoder.to_scaled(mean)
+    return scaled, autoencoder.to_scaled(mean + mx.exp(0.5 * logvar)) - scaled
+
+
+def _text_folders(pipeline: LatentConsistencyPipeline) -> list[str]:
+    return [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2")]
+
+
+def _identity(trainee: Trainee, folders: Sequence[str], *modules: nn.Module) -> str:
+    """What makes the features of frozen networks: their files, and the types that they compute in."""
+    files = [
+        f"{name}/{path.name} {sha256_file(path)}"
+        for name in folders
+        if name in trainee.copied
+        for path in sorted(trainee.copied[name].iterdir())
+        if path.is_file()
+    ]
+    types = [f"{class_of(one.config)} {next(iter(_leaf_types(one)))}" for one in modules]
+    return "\n".join(files + types)
+
+
+def _leaf_types(module: nn.Module) -> list[str]:
+    return sorted({str(value.dtype) for value in nn.utils.tree_flatten(module.parameters(), destination={}).values()})
+
+
+# --- objectives
+
+
+def make_objective(settings: Settings, trainee: Trainee, batches: Batches) -> Objective:
+    """What a run trains for.
+
+    Raises:
+        UsageError: a setting that means nothing in this space, or LPIPS without its network.
+    """
+    made, random = settings.objective, Randomness(settings.train.seed)
+    if trainee.space == AUTOENCODER:
+        config = trainee.modules["vae"].config
+        return Autoencoding(made, random, _distance(settings), config.pixels_per_latent, config.latent_channels)
+    if trainee.space == LATENT:
+        return _latent_objective(settings, trainee, batches, random)
+    if settings.method == "teacher" and made.empty_prompts is not None:
+        raise UsageError("objective.empty_prompts", "is for latent models; this one has no prompts")
+    pipeline = trainee.pipeline
+    unet = trainee.modules["unet"]
+    model = PixelModel(pipeline.schedule, pipeline.settings.noise_scale, unet.config.dropout > 0)
+    if settings.method == "teacher":
+        return EdmTeacher(made, model, random)
+    teacher = None
+    if trainee.teacher is not None:
+        given = trainee.teacher
+        scale = given.settings.noise_scale
+        teacher = edm_denoiser(given.backbone, given.schedule, noise_scale=scale, clip=False)
+    if settings.method == "ctm":
+        return Trajectory(made, model, random, _distance(settings), teacher)
+    return Consistency(made, model, random, settings.train.steps, _distance(settings), teacher)
+
+
+def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, random: Randomness) -> Objective:
+    pipeline = trainee.pipeline
+    empty = batches.prompt_rows([""])
+    if pipeline.settings.force_zeros_for_empty_prompt:
+        empty = {name: mx.zeros_like(row) for name, row in empty.items()}
+    model = LatentModel(pipeline.schedule, empty, trainee.modules["unet"].config.time_cond_proj_dim)
+    if settings.method == "teacher":
+        for name in ("mean", "std"):
+            if getattr(settings.objective, name) is not None:
+                raise UsageError(f"objective.{name}", "is for pixel-space models; timesteps are drawn uniformly here")
+        return LatentTeacher(settings.objective, model, random)
+    teacher = None if trainee.teacher is None else trainee.teacher.backbone
+    return LatentConsistency(settings.objective, model, random, _distance(settings), teacher)
+
+
+def _distance(settings: Settings):
+    made, network = settings.objective, None
+    if made.distance == "lpips" and made.lpips:
+        folder = Path(made.lpips).expanduser()
+        network = load_component(folder, "float32").freeze()
+        if type(network).__name__ != "LPIPS":
+            raise ModelError(str(folder), f"is a {type(network).__name__}, expected LPIPS")
+    return make_distance(made.distance, made.distance_c, network)

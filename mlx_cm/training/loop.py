@@ -1,0 +1,273 @@
+"""The loop: gradients of parts of a batch, one update, averages of the weights; and what has to be kept of it all.
+
+The state is arrays and a step number, and a step is a function of both, so that stopping and going on changes nothing.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_cm.backend import on_gpu
+from mlx_cm.errors import ModelError, UsageError
+from mlx_cm.model_folder import DTYPES
+from mlx_cm.training.checkpoints import Checkpoint
+from mlx_cm.training.objectives import SHARED, Batch, Objective
+from mlx_cm.training.optimizers import OPTIMIZERS, learning_rate_factor
+from mlx_cm.training.settings import TrainSettings
+from mlx_cm.training.weights import Parameters, Weighted, master_parameters
+
+MOMENTS = ("m", "v")  # what the optimisers keep of each parameter
+# float16 holds nothing below 6e-8: losses are scaled up before gradients are taken, by half as much after an overflow.
+FIRST_LOSS_SCALE = 2.0**15
+LOSS_SCALE_GROWS_AFTER = 2000  # steps without an overflow
+
+
+class Batches(Protocol):
+    """What the data gives."""
+
+    def load(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Rows [start, stop) of the batch of a step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step says of itself."""
+
+    step: int  # steps done, this one among them
+    loss: float
+    metrics: dict[str, float]
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool  # whether the gradients overflowed in float16 and nothing was changed
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether training can go on from here."""
+        return self.skipped or (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
+
+
+class Trainer:
+    """The state of a run and its step.
+
+    Args:
+        modules: the trained parts; their own trainable weights are where training starts.
+        objective: what for.
+        batches: what from.
+        settings: how.
+        group: the processes that share each batch; None for one alone.
+
+    Raises:
+        UsageError: a batch that the parts and processes cannot share equally.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        objective: Objective,
+        batches: Batches,
+        settings: TrainSettings,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.modules, self.objective, self.batches, self.settings = dict(modules), objective, batches, settings
+        self.group = group if group is not None and group.size() > 1 else None
+        processes = self.group.size() if self.group else 1
+        parts = settings.accumulate * processes
+        if settings.batch_size % parts:
+            raise UsageError(
+                f"batch_size {settings.batch_size}",
+                f"cannot be split equally into {settings.accumulate} parts on each of {processes} processes",
+            )
+        self.rows = settings.batch_size // parts  # of one part on one process
+        self.first_row = (self.group.rank() if self.group else 0) * settings.accumulate * self.rows
+        self.dtype = DTYPES[settings.dtype]
+
+        self.step = 0
+        self.student = master_parameters(self.modules)
+        self.target = self.student if objective.target_rate(0) else None
+        self.averages = dict.fromkeys(settings.ema, self.student)
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            settings.learning_rate, settings.betas, settings.eps, settings.weight_decay
+        )
+        self.optimizer.init(self.student)
+        self.loss_scale = FIRST_LOSS_SCALE if self.dtype == mx.float16 else 1.0
+        self.steps_without_overflow = 0
+        compiled = on_gpu() if settings.compile is None else settings.compile
+        self._gradients: Callable = mx.compile(self._gradients_of) if compiled else self._gradients_of
+        self._update: Callable = mx.compile(self._updated) if compiled else self._updated
+
+    # --- a step
+
+    def advance(self) -> StepReport:
+        """Makes one step."""
+        settings, step = self.settings, self.step
+        gradients, loss, metrics = self._summed_gradients(step)
+        rate = settings.learning_rate * learning_rate_factor(step, settings.steps, settings.warmup, settings.decay)
+        target_rate = self.objective.target_rate(step) if self.target is not None else 0.0
+        # An average that weighed the first weights from the start would take 1 / (1 - rate) steps to forget them.
+        average_rates = [min(rate_, (1 + step) / (10 + step)) for rate_ in settings.ema]
+        state = {
+            "student": self.student,
+            "target": self.target,
+            "averages": list(self.averages.values()),
+            "optimizer": self.optimizer.state,
+        }
+        numbers = [mx.array(value, dtype=mx.float32) for value in (rate, target_rate, 1 / self.loss_scale)]
+        state, norm = self._update(state, gradients, *numbers, mx.array(average_rates, dtype=mx.float32))
+        # Nothing else holds the old arrays now, so the new ones can take their memory.
+        self.student, self.target, self.optimizer.state = state["student"], state["target"], state["optimizer"]
+        self.averages = dict(zip(self.averages, state["averages"], strict=True))
+        mx.eval(state, norm, loss, metrics)
+
+        skipped = self.dtype == mx.float16 and not math.isfinite(norm.item())
+        self._adapt_loss_scale(skipped)
+        self.step = step + 1
+        return StepReport(
+            self.step, loss.item(), {name: value.item() for name, value in metrics.items()}, norm.item(), rate, skipped
+        )
+
+    def _summed_gradients(self, step: int) -> tuple[Parameters, mx.array, dict[str, mx.array]]:
+        """Mean gradients, loss and metrics of a step's batch, computed part by part on every process."""
+        total: Any = None
+        draws: Batch = {}
+        for part in range(self.settings.accumulate):
+            start = self.first_row + part * self.rows
+            rows = self.batches.load(step, start, start + self.rows)
+            if not draws:
+                draws = self.objective.draw(step, self.settings.batch_size, self._row_shape(rows))
+            mine = {
+                name: value if name in SHARED else value[start : start + self.rows] for name, value in draws.items()
+            }
+            found = self._gradients(self.student, self.target, {**rows, **mine}, mx.array(self.loss_scale))
+            total = found if total is None else tree_map(mx.add, total, found)
+            if self.settings.accumulate > 1:
+                mx.eval(total)
+        gradients, loss, metrics = tree_map(lambda x: x / self.settings.accumulate, total)
+        return _averaged((gradients, loss, metrics), self.group) if self.group else (gradients, loss, metrics)
+
+    @staticmethod
+    def _row_shape(rows: Batch) -> tuple[int, ...]:
+        """Shape of what is trained on: pictures, or latents."""
+        return rows["x0" if "x0" in rows else "mean"].shape[1:]
+
+    def _gradients_of(
+        self, student: Parameters, target: Parameters | None, batch: Batch, loss_scale: mx.array
+    ) -> tuple[Parameters, mx.array, dict[str, mx.array]]:
+        def loss_of(student: Parameters) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            frozen = tree_map(mx.stop_gradient, student if target is None else target)
+            weighted, weighted_target = (Weighted(self.modules, one, self.dtype) for one in (student, frozen))
+            loss, metrics = self.objective.loss(weighted, weighted_target, batch)
+            return loss * loss_scale, loss, metrics
+
+        (_, loss, metrics), gradients = mx.value_and_grad(loss_of)(student)
+        return gradients, loss, metrics
+
+    def _updated(
+        self,
+        state: dict[str, Any],
+        gradients: Parameters,
+        rate: mx.array,
+        target_rate: mx.array,
+        unscale: mx.array,
+        average_rates: mx.array,
+    ) -> tuple[dict[str, Any], mx.array]:
+        """The state after an update, and the norm of the gradients."""
+        gradients = tree_map(lambda g: g * unscale, gradients)
+        limit = self.settings.clip or math.inf
+        gradients, norm = optim.clip_grad_norm(gradients, limit)
+        optimizer = self.optimizer
+        optimizer.state = state["optimizer"] | {"learning_rate": rate}
+        student = optimizer.apply_gradients(gradients, state["student"])
+        target = None
+        if state["target"] is not None:
+            target = _towards(state["target"], student, target_rate)
+        averages = [_towards(average, student, average_rates[i]) for i, average in enumerate(state["averages"])]
+        made = {"student": student, "target": target, "averages": averages, "optimizer": optimizer.state}
+        if self.dtype == mx.float16:  # overflowing gradients change nothing
+            made = tree_map(lambda new, old: mx.where(mx.isfinite(norm), new, old), made, state)
+        return made, norm
+
+    def _adapt_loss_scale(self, skipped: bool) -> None:
+        if self.dtype != mx.float16:
+            return
+        self.steps_without_overflow = 0 if skipped else self.steps_without_overflow + 1
+        if skipped:
+            self.loss_scale /= 2
+        elif self.steps_without_overflow % LOSS_SCALE_GROWS_AFTER == 0:
+            self.loss_scale *= 2
+
+    # --- what is kept
+
+    def exported(self) -> Parameters:
+        """The weights that the model and the samples are made of."""
+        chosen = {"student": self.student, "target": self.target or self.student}
+        return next(iter(self.averages.values())) if self.settings.export == "ema" else chosen[self.settings.export]
+
+    def checkpoint(self, **told: Any) -> Checkpoint:
+        """The state, with what else is to be remembered."""
+        groups = {"student": self.student}
+        if self.target is not None:
+            groups["target"] = self.target
+        groups |= {f"ema_{rate}": average for rate, average in self.averages.items()}
+        kept = self.optimizer.state
+        for moment in MOMENTS:
+            groups[moment] = {
+                part: {name: kept[part][name][moment] for name in self.student[part]} for part in self.student
+            }
+        arrays = {group: _joined(parameters) for group, parameters in groups.items()}
+        own = {
+            "loss_scale": self.loss_scale,
+            "steps_without_overflow": self.steps_without_overflow,
+            "optimizer_steps": kept["step"].item(),
+        }
+        return Checkpoint(self.step, arrays, own | told)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ModelError: it is of other networks, or of other settings of averages and target.
+        """
+        wanted = self.checkpoint().arrays
+        for group, arrays in wanted.items():
+            found = checkpoint.arrays.get(group)
+            if found is None or {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
+                raise ModelError(f"checkpoint of step {checkpoint.step}", f"has not the {group} weights of this run")
+        groups = {group: self._split(arrays) for group, arrays in checkpoint.arrays.items()}
+        self.student = groups["student"]
+        self.target = groups["target"] if self.target is not None else None
+        self.averages = {rate: groups[f"ema_{rate}"] for rate in self.averages}
+        moments = {
+            part: {name: {moment: groups[moment][part][name] for moment in MOMENTS} for name in parameters}
+            for part, parameters in self.student.items()
+        }
+        step = mx.array(checkpoint.state["optimizer_steps"], dtype=mx.uint64)
+        self.optimizer.state = moments | {"step": step, "learning_rate": mx.array(0.0)}
+        self.step = checkpoint.step
+        self.loss_scale = checkpoint.state["loss_scale"]
+        self.steps_without_overflow = checkpoint.state["steps_without_overflow"]
+
+    def _split(self, arrays: Mapping[str, mx.array]) -> Parameters:
+        """The inverse of `_joined`."""
+        return {part: {name: arrays[f"{part}.{name}"] for name in names} for part, names in self.student.items()}
+
+
+def _joined(parameters: Parameters) -> dict[str, mx.array]:
+    """All parts in one: "unet.conv_in.weight" => array."""
+    return {f"{part}.{name}": value for part, values in parameters.items() for name, value in values.items()}
+
+
+def _averaged(tree: Any, group: mx.distributed.Group) -> Any:
+    """The mean over processes of every array of a tree."""
+    means = iter(nn.average_gradients([leaf for _, leaf in tree_flatten(tree)], group))
+    return tree_map(lambda _: next(means), tree)
+
+
+def _towards(average: Parameters, current: Parameters, rate: mx.array) -> Parameters:
+    """rate * average + (1 - rate) * current: an exponential moving average."""
+    return tree_map(lambda old, new: rate * old + (1 - rate) * new, average, current)

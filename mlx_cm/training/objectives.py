@@ -1,0 +1,568 @@
+"""What is trained for: which loss, with which draws, at a given step.
+
+An objective is asked three things. `target_rate(step)`: how fast the target follows the student, None where there is
+none. `draw(step, rows, shape)`: everything random of a step, for all pictures of the step. `loss(student, target,
+batch)`: the loss of some of these pictures; the batch holds what the data gives and what was drawn.
+
+Draws are functions of (seed, step), so that neither accumulation, nor several processes, nor an interruption changes
+them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_cm.errors import UsageError
+from mlx_cm.guidance import guidance_embedding
+from mlx_cm.losses import (
+    Losses,
+    autoencoder_loss,
+    consistency_loss,
+    diffusion_loss,
+    edm_loss,
+    forward_pair,
+    latent_consistency_loss,
+    solved_pair,
+    teacher_step,
+    trajectory_loss,
+)
+from mlx_cm.metrics import METRICS, Distance
+from mlx_cm.parameterization import (
+    Denoiser,
+    consistency_function,
+    edm_denoiser,
+    trajectory_denoiser,
+    trajectory_function,
+)
+from mlx_cm.rng import fold_in
+from mlx_cm.samplers import Jump, euler_jump, heun_jump
+from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
+from mlx_cm.training.curriculum import CURRICULA, easy_consistency_level, grid, lognormal_probabilities
+from mlx_cm.training.weights import Weighted
+
+Batch = dict[str, mx.array]
+SHARED = ("dropout_key",)  # entries of a batch without a row per picture
+
+
+class Randomness(NamedTuple):
+    """Where the draws of a run come from."""
+
+    seed: int
+
+    def levels(self, step: int) -> np.random.Generator:
+        """For numbers that are computed in float64."""
+        return np.random.default_rng([self.seed, step])
+
+    def normal(self, step: int, stream: int, shape: tuple[int, ...]) -> mx.array:
+        """Standard normal float32; another stream of the same step is independent."""
+        return mx.random.normal(shape, key=self.key(step, stream))
+
+    def key(self, step: int, stream: int) -> mx.array:
+        """The key of one draw."""
+        return fold_in(fold_in(mx.random.key(self.seed), step), stream)
+
+
+NOISE, POSTERIOR, DROPOUT = range(3)  # streams
+
+
+class Objective(Protocol):
+    """One way to train; see the module."""
+
+    def target_rate(self, step: int) -> float | None:
+        """mu of the target's update after a step; 0 for the student's own weights, None without a target."""
+
+    def describe(self, step: int) -> dict[str, float]:
+        """What of the curriculum is worth logging."""
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        """The draws of a step for all its pictures, each array with `rows` rows; `shape` is of one picture."""
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        """The loss of the batch's pictures."""
+
+
+def make_distance(name: str, c: float | None, lpips: nn.Module | None) -> Distance:
+    """A metric by its name in `METRICS`, with its setting.
+
+    Raises:
+        UsageError: an unknown name, a setting that it has no use for, or LPIPS without its network.
+    """
+    if name not in METRICS:
+        raise UsageError(f"distance {name!r}", f"expected one of {', '.join(METRICS)}")
+    if name == "lpips":
+        if lpips is None:
+            raise UsageError(
+                "distance lpips", "needs the network's weights", "objective.lpips = a folder that `mlx-cm convert` made"
+            )
+        return METRICS[name](lpips)
+    return METRICS[name](**({} if c is None else {"c": c}))
+
+
+# --- pixels
+
+
+@dataclass(frozen=True)
+class PixelModel:
+    """What objectives in pixel space know of the model."""
+
+    schedule: KarrasSchedule
+    noise_scale: float  # of the conditioning on ln(sigma)
+    dropout: bool = False
+
+    def denoiser(self, weights: Weighted) -> Denoiser:
+        """D(x, sigma); like the others not clipped, since that would stop gradients."""
+        return edm_denoiser(weights.unet, self.schedule, noise_scale=self.noise_scale, clip=False)
+
+    def consistency(self, weights: Weighted) -> Denoiser:
+        """f(x, t)."""
+        return consistency_function(weights.unet, self.schedule, noise_scale=self.noise_scale, clip=False)
+
+    def trajectory(self, weights: Weighted) -> Jump:
+        """G(x, t, s)."""
+        return trajectory_function(weights.unet, self.schedule, noise_scale=self.noise_scale)
+
+    def inner(self, weights: Weighted) -> Jump:
+        """g(x, t, s) within G; a denoiser where s = t."""
+        return trajectory_denoiser(weights.unet, self.schedule, noise_scale=self.noise_scale)
+
+
+def _pixel_conditions(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("class_labels", "dropout_key") if name in batch}
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Of `teacher`; which of them mean something depends on the space."""
+
+    mean: float | None = None  # pixels: ln(sigma) ~ N(mean, std^2); None: [EDM] table 1
+    std: float | None = None
+    empty_prompts: float | None = None  # latents: how often a prompt is left out, for guidance; None: one in ten
+
+    def __post_init__(self):
+        if self.std is not None and self.std <= 0:
+            raise ValueError(f"std: expected above 0, got {self.std}")
+        if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
+            raise ValueError(f"empty_prompts: expected 0 to 1, got {self.empty_prompts}")
+
+
+EDM_LEVELS = (-1.2, 1.2)  # mean and standard deviation of ln(sigma), [EDM] table 1
+EMPTY_PROMPTS = 0.1
+
+
+@dataclass(frozen=True)
+class EdmTeacher:
+    """A denoiser to distil from."""
+
+    settings: TeacherSettings
+    model: PixelModel
+    random: Randomness
+
+    def target_rate(self, step: int) -> None:
+        return None
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        given = (self.settings.mean, self.settings.std)
+        mean, std = (default if one is None else one for one, default in zip(given, EDM_LEVELS, strict=True))
+        sigma = np.exp(self.random.levels(step).normal(mean, std, rows))
+        return _common_draws(self.random, step, rows, shape, self.model.dropout) | {"t": _float32(sigma)}
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        denoise = self.model.denoiser(student)
+        data = self.model.schedule.sigma_data
+        return edm_loss(denoise, batch["x0"], batch["t"], batch["noise"], sigma_data=data, **_pixel_conditions(batch))
+
+
+EASY = "easy"  # the curriculum without a grid
+SOLVERS: dict[str, Callable[..., Jump]] = {"heun": heun_jump, "euler": euler_jump}
+
+
+@dataclass(frozen=True)
+class ConsistencySettings:
+    """Of `cd`, `ct` and `ict`, whose defaults differ; see `mlx_cm.training.methods`."""
+
+    curriculum: str = "fixed"  # of CURRICULA, or "easy": [ECT]'s pairs of levels, without a grid
+    start_scales: int = 2  # s0, intervals at the beginning of a growing curriculum
+    end_scales: int = 40  # s1, intervals at its end; of a fixed one N, the number of levels
+    target_rate: float = 0.95  # mu, or mu0 of a growing curriculum; 0: the target is the student itself
+    levels: str = "uniform"  # how often each interval is drawn; or "lognormal"
+    mean: float = -1.1  # of ln(sigma) where lognormal
+    std: float = 2.0
+    weight: str = "uniform"  # or "inverse": 1 / (t - s)
+    solver: str = "heun"  # or "euler", of the teacher's steps
+    distance: str = "l2"  # of mlx_cm.metrics
+    distance_c: float | None = None
+    lpips: str = ""  # folder of the converted network
+    stages: int = 8  # of the easy curriculum; q grows the pairs' closeness by as many powers
+    q: float = 2.0
+
+    def __post_init__(self):
+        for name, known in (
+            ("curriculum", (*CURRICULA, EASY)), ("levels", ("uniform", "lognormal")),
+            ("weight", ("uniform", "inverse")), ("solver", tuple(SOLVERS)),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown, expected one of {list(known)}")
+        if not 1 <= self.start_scales <= self.end_scales or self.end_scales < 2:
+            raise ValueError(
+                f"expected 1 <= start_scales <= end_scales >= 2, got {self.start_scales} and {self.end_scales}"
+            )
+        if not 0 <= self.target_rate < 1:
+            raise ValueError(f"target_rate: expected at least 0 and below 1, got {self.target_rate}")
+        if self.stages < 1 or self.q <= 1:
+            raise ValueError(f"expected stages >= 1 and q > 1, got {self.stages} and {self.q}")
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A consistency function, by distillation where there is a teacher, from data alone where there is none."""
+
+    settings: ConsistencySettings
+    model: PixelModel
+    random: Randomness
+    steps: int  # of the whole training
+    distance: Distance
+    teacher: Denoiser | None = None
+
+    def _scales(self, step: int) -> tuple[int, float]:
+        made = self.settings
+        return CURRICULA[made.curriculum](step, self.steps, made.start_scales, made.end_scales, made.target_rate)
+
+    def _stage(self, step: int) -> int:
+        return step * self.settings.stages // self.steps
+
+    def target_rate(self, step: int) -> float:
+        return 0.0 if self.settings.curriculum == EASY else self._scales(step)[1]
+
+    def describe(self, step: int) -> dict[str, float]:
+        if self.settings.curriculum == EASY:
+            return {"stage": self._stage(step)}
+        scales, rate = self._scales(step)
+        return {"num_scales": scales, "target_rate": rate}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        pair = self._easy_pair if self.settings.curriculum == EASY else self._grid_pair
+        t, s = pair(step, rows, self.random.levels(step))
+        draws = _common_draws(self.random, step, rows, shape, self.model.dropout)
+        weight = 1 / (t - s) if self.settings.weight == "inverse" else np.ones(rows)
+        return draws | {"t": _float32(t), "s": _float32(s), "weight": _float32(weight)}
+
+    def _grid_pair(self, step: int, rows: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Neighbours of the grid that the curriculum has reached."""
+        levels = grid(self.model.schedule, self._scales(step)[0])
+        weights = None
+        if self.settings.levels == "lognormal":
+            weights = lognormal_probabilities(levels, self.settings.mean, self.settings.std)
+        index = random.choice(len(levels) - 1, size=rows, p=weights)
+        return levels[index], levels[index + 1]
+
+    def _easy_pair(self, step: int, rows: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A lognormal level and the one that [ECT] pairs with it, 0 where that is below the schedule's range."""
+        schedule = self.model.schedule
+        t = np.exp(random.normal(self.settings.mean, self.settings.std, rows))
+        t = np.clip(t, 2 * schedule.sigma_min, schedule.sigma_max)
+        s = easy_consistency_level(t, self._stage(step), q=self.settings.q)
+        return t, np.where(s < schedule.sigma_min, 0.0, s)
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        f, f_target = self.model.consistency(student), self.model.consistency(target)
+        x0, noise, t, s = (batch[name] for name in ("x0", "noise", "t", "s"))
+        cond = _pixel_conditions(batch)
+        if self.teacher is None:
+            x_t, x_s = forward_pair(x0, noise, t, s)
+        else:
+            labels = {name: value for name, value in cond.items() if name != "dropout_key"}
+            x_t, x_s = solved_pair(SOLVERS[self.settings.solver](self.teacher, **labels), x0, noise, t, s)
+        clean = x0 if self.settings.curriculum == EASY else None
+        return consistency_loss(
+            f, f_target, x_t, x_s, t, s, distance=self.distance, weight=batch["weight"], clean=clean, **cond
+        )
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """Of `ctm`."""
+
+    num_scales: int = 18  # N, levels of the grid
+    solver_steps: int = 17  # at most so many levels lie between t and u
+    target_rate: float = 0.999
+    solver: str = "heun"
+    distance: str = "l2"
+    distance_c: float | None = None
+    lpips: str = ""
+    denoising_weight: float = 1.0  # of the denoising loss beside the trajectory loss
+    mean: float = -1.2  # of ln(sigma) in the denoising loss
+    std: float = 1.2
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: {self.solver!r} is unknown, expected one of {list(SOLVERS)}")
+        if self.num_scales < 2 or self.solver_steps < 1:
+            raise ValueError(
+                f"expected num_scales >= 2 and solver_steps >= 1, got {self.num_scales} and {self.solver_steps}"
+            )
+        if not 0 <= self.target_rate < 1 or self.denoising_weight < 0:
+            raise ValueError("expected 0 <= target_rate < 1 and denoising_weight >= 0")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A jump between any two levels: matching of trajectories, and denoising. [CTM] equation 12 without its third term.
+
+    The adversarial term is not there, and the weight between the two is constant, not balanced by gradients.
+    """
+
+    settings: TrajectorySettings
+    model: PixelModel
+    random: Randomness
+    distance: Distance
+    teacher: Denoiser | None = None
+
+    def target_rate(self, step: int) -> float:
+        return self.settings.target_rate
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"target_rate": self.settings.target_rate}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        """t > u >= s of the grid, [CTM] algorithm 1; and sigma of the denoising loss."""
+        random, last = self.random.levels(step), self.settings.num_scales - 1
+        levels = grid(self.model.schedule, self.settings.num_scales)
+        t = random.integers(0, last, rows)
+        u = np.minimum(t + random.integers(1, self.settings.solver_steps + 1, rows), last)
+        s = random.integers(u, last + 1)
+        sigma = np.exp(random.normal(self.settings.mean, self.settings.std, rows))
+        drawn = {"t": levels[t], "u": levels[u], "s": levels[s], "sigma": sigma}
+        # The teacher walks the grid as far as the longest way of the step; who has arrived stands still.
+        walk = [np.minimum(t + k, u) for k in range(self.settings.solver_steps + 1)]
+        drawn["walk"] = levels[np.stack(walk, axis=1)]
+        draws = _common_draws(self.random, step, rows, shape, self.model.dropout)
+        return draws | {name: _float32(value) for name, value in drawn.items()}
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        g, g_target = self.model.trajectory(student), self.model.trajectory(target)
+        x0, noise, t, u, s = (batch[name] for name in ("x0", "noise", "t", "u", "s"))
+        cond = _pixel_conditions(batch)
+        x_t, x_u = self._pair(x0, noise, batch, cond)
+        end = self.model.schedule.sigma_min
+        matching, metrics = trajectory_loss(g, g_target, x_t, x_u, t, u, s, distance=self.distance, t_min=end, **cond)
+        inner = self.model.inner(student)
+        denoising, _ = edm_loss(
+            lambda x, sigma, **cond: inner(x, sigma, sigma, **cond),
+            x0, batch["sigma"], noise, sigma_data=self.model.schedule.sigma_data, **cond,
+        )  # fmt: skip
+        return matching + self.settings.denoising_weight * denoising, metrics | {"denoising": denoising}
+
+    def _pair(self, x0: mx.array, noise: mx.array, batch: Batch, cond: Batch) -> tuple[mx.array, mx.array]:
+        if self.teacher is None:
+            return forward_pair(x0, noise, batch["t"], batch["u"])
+        labels = {name: value for name, value in cond.items() if name != "dropout_key"}
+        step = SOLVERS[self.settings.solver](self.teacher, **labels)
+        walk = batch["walk"]
+
+        def solver(x: mx.array, t: mx.array, u: mx.array) -> mx.array:
+            for k in range(walk.shape[1] - 1):
+                x = step(x, walk[:, k], walk[:, k + 1])
+            return x
+
+        return solved_pair(solver, x0, noise, batch["t"], batch["u"])
+
+
+# --- latents
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """What objectives in latent space know of the model."""
+
+    schedule: DiscreteSchedule
+    empty: dict[str, mx.array]  # what the empty prompt is to the network: states and pooled, or ids; one row each
+    guidance_width: int | None = None  # of the student's guidance embedding
+
+
+def _latents(batch: Batch) -> mx.array:
+    """A draw from the posterior over each picture's latents, scaled."""
+    return batch["mean"] + batch["std"] * batch["posterior"]
+
+
+# What the data calls a condition => what the network calls it.
+CONDITIONS = {"states": "encoder_hidden_states", "pooled": "text_embeds", "time_ids": "time_ids"}
+
+
+def _latent_conditions(batch: Batch) -> dict[str, mx.array]:
+    return {name: batch[key] for key, name in CONDITIONS.items() if key in batch}
+
+
+def _without_prompt(batch: Batch, empty: dict[str, mx.array]) -> Batch:
+    """The batch with every prompt empty."""
+    return batch | {name: mx.broadcast_to(row, batch[name].shape) for name, row in empty.items()}
+
+
+def _some_without_prompt(batch: Batch, empty: dict[str, mx.array]) -> Batch:
+    """The batch with the prompts empty that were drawn to be."""
+    without = _without_prompt(batch, empty)
+    rows = {name: batch["drop"].reshape(-1, *([1] * (batch[name].ndim - 1))) for name in empty}
+    return batch | {name: mx.where(rows[name], without[name], batch[name]) for name in empty}
+
+
+@dataclass(frozen=True)
+class LatentTeacher:
+    """A latent diffusion model, with its text encoder where the data gives token ids."""
+
+    settings: TeacherSettings
+    model: LatentModel
+    random: Randomness
+
+    def target_rate(self, step: int) -> None:
+        return None
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        random = self.random.levels(step)
+        timestep = random.integers(0, self.model.schedule.num_train_timesteps, rows)
+        share = self.settings.empty_prompts
+        drop = random.random(rows) < (EMPTY_PROMPTS if share is None else share)
+        draws = _latent_draws(self.random, step, rows, shape)
+        return draws | {"t": _int32(timestep), "drop": mx.array(drop)}
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        batch = _some_without_prompt(batch, self.model.empty)
+        if "ids" in batch:
+            batch = batch | {"states": student.part("text_encoder")(batch["ids"]).last_hidden_state}
+        cond = _latent_conditions(batch)
+        return diffusion_loss(student.unet, self.model.schedule, _latents(batch), batch["t"], batch["noise"], **cond)
+
+
+@dataclass(frozen=True)
+class LatentConsistencySettings:
+    """Of `lcd`, `lcm-lora` and `lcf`."""
+
+    w_min: float = 2.0  # w = guidance_scale - 1 of the teacher's steps, or of the guidance embedding
+    w_max: float = 14.0
+    target_rate: float = 0.95  # 0: the target is the student itself
+    distance: str = "l2"
+    distance_c: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.w_min <= self.w_max:
+            raise ValueError(f"expected 0 <= w_min <= w_max, got {self.w_min} and {self.w_max}")
+        if not 0 <= self.target_rate < 1:
+            raise ValueError(f"target_rate: expected at least 0 and below 1, got {self.target_rate}")
+
+
+@dataclass(frozen=True)
+class LatentConsistency:
+    """A latent consistency model: distilled where there is a teacher, fine-tuned where there is none."""
+
+    settings: LatentConsistencySettings
+    model: LatentModel
+    random: Randomness
+    distance: Distance
+    teacher: nn.Module | None = None
+
+    def target_rate(self, step: int) -> float:
+        return self.settings.target_rate
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"target_rate": self.settings.target_rate}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        """A timestep of the solver and the one it steps to, [LCM] algorithm 1; and the guidance of each picture."""
+        random, schedule = self.random.levels(step), self.model.schedule
+        count = schedule.original_inference_steps
+        skip = schedule.num_train_timesteps // count
+        t = (random.integers(0, count, rows) + 1) * skip - 1
+        w = random.uniform(self.settings.w_min, self.settings.w_max, rows)
+        drawn = {"t": _int32(t), "s": _int32(np.maximum(t - skip, 0)), "w": _float32(w)}
+        return _latent_draws(self.random, step, rows, shape) | drawn
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        schedule, t, s = self.model.schedule, batch["t"], batch["s"]
+        x0, noise, cond = _latents(batch), batch["noise"], _latent_conditions(batch)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.marginals(t), schedule.marginals(s)
+        x_t = alpha_t * x0 + sigma_t * noise
+        if self.teacher is None:
+            x_s = alpha_s * x0 + sigma_s * noise
+        else:
+            uncond = _latent_conditions(_without_prompt(batch, self.model.empty))
+            x_s = teacher_step(self.teacher, schedule, x_t, t, s, batch["w"], cond, uncond)
+        if self.model.guidance_width is not None:
+            cond = cond | {"timestep_cond": guidance_embedding(batch["w"], self.model.guidance_width)}
+        return latent_consistency_loss(
+            student.unet, target.unet, schedule, x_t, x_s, t, s, distance=self.distance, cond=cond
+        )
+
+
+# --- autoencoders
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Of `autoencoder`."""
+
+    kl_weight: float = 1e-6
+    distance: str = "l1"
+    distance_c: float | None = None
+    lpips: str = ""
+
+    def __post_init__(self):
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight: expected at least 0, got {self.kl_weight}")
+
+
+@dataclass(frozen=True)
+class Autoencoding:
+    """An autoencoder for latent models; no adversarial term."""
+
+    settings: AutoencoderSettings
+    random: Randomness
+    distance: Distance
+    pixels_per_latent: int
+    latent_channels: int
+
+    def target_rate(self, step: int) -> None:
+        return None
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {}
+
+    def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+        height, width, _ = shape
+        unit = self.pixels_per_latent
+        inner = (height // unit, width // unit, self.latent_channels)
+        return {"posterior": self.random.normal(step, POSTERIOR, (rows, *inner))}
+
+    def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
+        vae = student.part("vae")
+        return autoencoder_loss(
+            vae.decode, vae.encode(batch["x0"]), batch["x0"], batch["posterior"],
+            distance=self.distance, kl_weight=self.settings.kl_weight,
+        )  # fmt: skip
+
+
+def _common_draws(random: Randomness, step: int, rows: int, shape: tuple[int, ...], dropout: bool) -> Batch:
+    draws = {"noise": random.normal(step, NOISE, (rows, *shape))}
+    return draws | ({"dropout_key": random.key(step, DROPOUT)} if dropout else {})
+
+
+def _latent_draws(random: Randomness, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
+    return {
+        "noise": random.normal(step, NOISE, (rows, *shape)),
+        "posterior": random.normal(step, POSTERIOR, (rows, *shape)),
+    }
+
+
+def _float32(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.float32))
+
+
+def _int32(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.int32))

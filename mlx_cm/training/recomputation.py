@@ -1,0 +1,46 @@
+"""Gradient checkpointing: blocks keep their inputs only and are computed again when their gradient is due.
+
+Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
+"""
+
+import functools
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_cm.models.layers import ResnetBlock2D, SelfAttention2D
+from mlx_cm.models.unet2d_condition import BasicTransformerBlock
+
+BLOCKS = (ResnetBlock2D, SelfAttention2D, BasicTransformerBlock)
+
+
+def recompute_blocks(model: nn.Module) -> nn.Module:
+    """Makes residual blocks, attentions and transformer layers of a model forget what lies between their ends.
+
+    The result of every call and of every gradient stays the same, one more forward pass is paid, and names of
+    parameters do not change.
+    """
+    for module in model.modules():
+        if type(module) in BLOCKS:
+            module.__class__ = _recomputed(type(module))
+    return model
+
+
+@functools.cache
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of blocks whose call is a checkpoint; only instances made so are concerned."""
+
+    def call(self: nn.Module, *arguments, **settings) -> mx.array:
+        # Frozen parameters too: a function to be computed again may only depend on what it is given.
+        held = self.parameters()
+
+        def compute(parameters: dict, *arguments, **settings) -> mx.array:
+            self.update(parameters)
+            try:
+                return kind.__call__(self, *arguments, **settings)
+            finally:
+                self.update(held)  # what is traced here means nothing outside
+
+        return mx.checkpoint(compute)(held, *arguments, **settings)
+
+    return type(f"Recomputed{kind.__name__}", (kind,), {"__call__": call})
