@@ -64,7 +64,6 @@ class PictureData:
     sizes: tuple[Size, ...]  # of the pictures, upright
     class_names: tuple[str, ...] | None  # by label, where classes have names
     skipped: list[str]  # names of what could not be used
-    in_memory: bool = False  # whether reading a picture takes no decoding
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -165,9 +164,7 @@ def open_data(
     if not usable:
         why = "holds no usable picture" if skipped else "holds no pictures"
         raise ModelError(str(path), why, "give a folder of images, an .npz file, or .tar files")
-    data = PictureData(
-        path, container.kind, tuple(usable), tuple(sizes), container.class_names, skipped, container.in_memory
-    )
+    data = PictureData(path, container.kind, tuple(usable), tuple(sizes), container.class_names, skipped)
     log.info("%s: %s", path, data.description)
     return data
 
@@ -329,8 +326,8 @@ class PixelBatches:
         if pixels is None:
             pixels = resize_to_cover(self.data.read(index), self._target, self.channels)
             with self._lock:
-                if not self.data.in_memory and self._kept_bytes + pixels.nbytes <= KEPT_BYTES:
-                    self._kept_bytes += pixels.nbytes if index not in self._kept else 0
+                if index not in self._kept and self._kept_bytes + pixels.nbytes <= KEPT_BYTES:
+                    self._kept_bytes += pixels.nbytes
                     self._kept[index] = pixels
         return pixels
 

@@ -63,7 +63,6 @@ class Container:
     entries: list[Entry]
     class_names: tuple[str, ...] | None = None  # by label, where classes have names
     faults: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of what cannot be used
-    in_memory: bool = False
 
 
 def read_container(path: Path, classes: bool | None = None) -> Container:
@@ -300,7 +299,7 @@ def _read_npz(path: Path, classes: bool | None) -> Container:
     ]
     numbers = {} if labels is None else dict(zip(names, labels.ravel().tolist(), strict=True))
     entries, _ = _labelled(path, entries, numbers, classes)
-    return Container("an .npz file" + (" with captions" if captions is not None else ""), entries, in_memory=True)
+    return Container("an .npz file" + (" with captions" if captions is not None else ""), entries)
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
