@@ -4,6 +4,7 @@ The state is arrays and a step number, and a step is a function of both, so that
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -84,6 +85,7 @@ class Trainer:
                 f"cannot be split equally into {settings.accumulate} parts on each of {processes} processes",
             )
         self.rows = settings.batch_size // parts  # of one part on one process
+        self.streams = _streams(settings.parallel, self.rows)
         self.first_row = (self.group.rank() if self.group else 0) * settings.accumulate * self.rows
         self.dtype = DTYPES[settings.dtype]
 
@@ -143,12 +145,23 @@ class Trainer:
             mine = {
                 name: value if name in SHARED else value[start : start + self.rows] for name, value in draws.items()
             }
-            found = self._gradients(self.student, self.target, {**rows, **mine}, mx.array(self.loss_scale))
+            found = self._gradients_at_once({**rows, **mine})
             total = found if total is None else tree_map(mx.add, total, found)
             if self.settings.accumulate > 1:
                 mx.eval(total)
         gradients, loss, metrics = tree_map(lambda x: x / self.settings.accumulate, total)
         return _averaged((gradients, loss, metrics), self.group) if self.group else (gradients, loss, metrics)
+
+    def _gradients_at_once(self, batch: Batch) -> tuple[Parameters, mx.array, dict[str, mx.array]]:
+        """Mean gradients, loss and metrics of a part of a batch, shared between the streams."""
+        scale, share = mx.array(self.loss_scale), self.rows // len(self.streams)
+        found = []
+        for number, stream in enumerate(self.streams):
+            mine = slice(number * share, (number + 1) * share)
+            rows = {name: value if name in SHARED else value[mine] for name, value in batch.items()}
+            with mx.stream(stream):
+                found.append(self._gradients(self.student, self.target, rows, scale))
+        return tree_map(lambda *each: sum(each) / len(each), *found) if len(found) > 1 else found[0]
 
     @staticmethod
     def _row_shape(rows: Batch) -> tuple[int, ...]:
@@ -255,6 +268,17 @@ class Trainer:
     def _split(self, arrays: Mapping[str, mx.array]) -> Parameters:
         """The inverse of `_joined`."""
         return {part: {name: arrays[f"{part}.{name}"] for name in names} for part, names in self.student.items()}
+
+
+def _streams(wanted: int, rows: int) -> list[mx.Stream]:
+    """Streams to compute parts of a batch on at once, as many as share its rows equally.
+
+    Of MLX's CPU operations only matrix products use more than one core, so on a CPU there is a stream for each core.
+    """
+    wanted = wanted or (1 if on_gpu() else os.cpu_count() or 1)
+    count = next(count for count in range(min(wanted, rows), 0, -1) if rows % count == 0)
+    device = mx.default_device()
+    return [mx.default_stream(device), *(mx.new_stream(device) for _ in range(count - 1))]
 
 
 def _joined(parameters: Parameters) -> dict[str, mx.array]:

@@ -31,6 +31,7 @@ class TrainSettings:
     steps: int = 10_000
     batch_size: int = 16  # pictures per step, over all accumulations and processes
     accumulate: int = 1  # parts that a batch is computed in, one after the other
+    parallel: int = 0  # parts of those computed at once; 0: on a CPU as many as it has cores, on a GPU one
     seed: int = 0
     optimizer: str = "adamw"  # of OPTIMIZERS
     learning_rate: float = 1e-4
@@ -57,8 +58,8 @@ class TrainSettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown, expected one of {list(known)}")
         for name, least in (
-            ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0), ("warmup", 0), ("log_every", 1),
-            ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1), ("clip", 0), ("weight_decay", 0),
+            ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("parallel", 0), ("seed", 0), ("warmup", 0),
+            ("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1), ("clip", 0), ("weight_decay", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
