@@ -96,10 +96,10 @@ def karras_scheduler_config(schedule: KarrasSchedule, *, clip_denoised: bool) ->
 
 
 def discrete_scheduler_config(schedule: DiscreteSchedule, sampler: str | None) -> dict[str, Any]:
-    """The config of the scheduler of this sampler; of the plainest solver for a model that has none."""
+    """The config of the scheduler of this sampler; of the plainest solver for a model that was not distilled."""
     values = asdict(schedule) | {name: neutral[0] for name, neutral in NEUTRAL_SETTINGS.items()}
-    if sampler is not None:
-        name = next(name for name, (known, _) in DISCRETE_SCHEDULERS.items() if known == sampler)
-        return {"_class_name": name, **values}
+    distilling = {known: name for name, (known, _) in DISCRETE_SCHEDULERS.items() if known is not None}
+    if sampler in distilling:
+        return {"_class_name": distilling[sampler], **values}
     kept = {name: value for name, value in values.items() if name not in DISTILLATION_FIELDS}
     return {"_class_name": PLAIN_SOLVER, **kept, **PLAIN_SOLVER_SETTINGS}

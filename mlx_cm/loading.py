@@ -1,7 +1,7 @@
 """Loading: from a reference to a pipeline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mlx_cm.model_folder import (
     resolve_dtype,
 )
 from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
-from mlx_cm.pipelines.latent import LatentConsistencyPipeline, LatentSettings
+from mlx_cm.pipelines.latent import SAMPLERS, LatentConsistencyPipeline, LatentSettings
 from mlx_cm.pipelines.pixel import ConsistencyModelPipeline, PixelSettings
 from mlx_cm.quantization import in_device_form, quantization_of, quantize_model
 from mlx_cm.sources import Progress, component_folder, native_folder, open_adapter
@@ -100,6 +100,7 @@ def check_memory(
     vae: str = "full",
     base: str | Path | None = None,
     guidance_scale: float | None = None,
+    sampler: str | None = None,
     progress: Progress | None = None,
     **size: Any,
 ) -> Estimate:
@@ -108,7 +109,8 @@ def check_memory(
     Args:
         ref, dtype, quantize, vae, base, progress: as for `load`.
         max_memory: allowed, in GB; None: what the device has, where that is known.
-        guidance_scale: None: the model's default.
+        guidance_scale: None: the default, which is the sampler's.
+        sampler: as for `generate`; None: "auto".
         size: of `mlx_cm.memory.estimate`: width, height, batch, low_ram.
 
     Raises:
@@ -123,17 +125,18 @@ def check_memory(
     parts = {part: model.config for part, model in models.items()}
     stored = {part: quantization_of(model) for part, model in models.items()}
     bits = {part: quantize if quantization is None else quantization.bits for part, quantization in stored.items()}
-    size["guidance_batch"] = 2 if _is_guided(index, parts.get("unet"), guidance_scale) else 1
+    size["guidance_batch"] = 2 if _is_guided(index, parts.get("unet"), guidance_scale, sampler) else 1
     needed = estimate(parts, dtype=dtype, quantize=bits, vae="tiny" if vae == "tiny" else "full", **size)
     check_budget(needed, max_memory)
     return needed
 
 
-def _is_guided(index: ModelIndex, unet: Any, guidance_scale: float | None) -> bool:
+def _is_guided(index: ModelIndex, unet: Any, guidance_scale: float | None, sampler: str | None) -> bool:
     """Whether each step calls the network with and without the prompt."""
     if not isinstance(unet, UNet2DConditionConfig) or unet.time_cond_proj_dim is not None:
         return False
-    default = config_from_dict(LatentSettings, index.sampler, MODEL_INDEX).guidance_scale
+    settings = config_from_dict(LatentSettings, index.sampler, MODEL_INDEX)
+    default = settings.defaults(sampler)[1] if sampler in SAMPLERS else settings.guidance_scale
     return (default if guidance_scale is None else guidance_scale) > 1
 
 
@@ -159,16 +162,17 @@ def adapter_provenance(adapters: Sequence[tuple[Adapter, float]]) -> list[dict[s
     ]
 
 
-def adapted_sampler(own: str | None, adapters: Sequence[tuple[Adapter, float]]) -> str | None:
-    """The sampler of a model with adapters: its own, or for a base model that of the adapter which distils it.
+def adapted_settings(settings: LatentSettings, adapters: Sequence[tuple[Adapter, float]]) -> LatentSettings:
+    """How a model with adapters is used: as without, or where it was not distilled as the adapter that distils it says.
 
     Raises:
         UsageError: adapters made for different samplers, or for another than the model.
     """
     said = {adapter.sampler for adapter, scale in adapters if adapter.sampler and scale}
+    own = settings.sampler if settings.distilled else None
     if len(said | ({own} - {None})) > 1:
         raise UsageError("lora", f"distilled for {', '.join(sorted(said))}, the model for {own or 'none of them'}")
-    return own or next(iter(said), None)
+    return settings.adapted(next(iter(said), None))
 
 
 def _load_pixel(folder: Path, index: ModelIndex, options: LoadOptions) -> ConsistencyModelPipeline:
@@ -214,7 +218,7 @@ def _load_latent(folder: Path, index: ModelIndex, options: LoadOptions) -> Laten
         text_encoders=[models[name] for name in encoders],
         tokenizers=tokenizers,
         schedule=read_schedule(folder / "scheduler"),
-        settings=replace(settings, sampler=adapted_sampler(settings.sampler, adapters)),
+        settings=adapted_settings(settings, adapters),
         provenance=provenance,
     )
 

@@ -56,7 +56,7 @@ _PARAMETER_LABELS = {
     "rng": "RNG",
     "version": "Version",
 }
-_SAMPLER_LABELS = {"lcm": "LCM", "tcd": "TCD", "ctm": "CTM"}
+_SAMPLER_LABELS = {"lcm": "LCM", "tcd": "TCD", "ctm": "CTM", "ddim": "DDIM"}
 _RNG_LABELS = {"torch": "CPU"}  # the web UI's name for the same generator; it has none for another
 
 

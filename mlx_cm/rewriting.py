@@ -9,8 +9,9 @@ from typing import Any
 import mlx.nn as nn
 
 import mlx_cm
+from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.errors import ModelError, UsageError
-from mlx_cm.loading import adapted_sampler, adapter_provenance, parse_adapters
+from mlx_cm.loading import adapted_settings, adapter_provenance, parse_adapters
 from mlx_cm.lora import adaptable_modules, fuse_adapters
 from mlx_cm.model_folder import (
     MODEL_INDEX,
@@ -23,6 +24,7 @@ from mlx_cm.model_folder import (
     write_component,
     write_model_index,
 )
+from mlx_cm.pipelines.latent import LatentSettings
 from mlx_cm.quantization import BITS, FLOAT_LAYERS, quantization_of, quantize_model
 from mlx_cm.sources import Progress, native_folder, open_adapter
 from mlx_cm.storage import atomic_folder
@@ -112,9 +114,8 @@ def fuse_folder(
         )
         return model
 
-    index = replace(
-        index, sampler={**index.sampler, "sampler": adapted_sampler(index.sampler.get("sampler"), adapters)}
-    )
+    settings = config_from_dict(LatentSettings, index.sampler, str(source / MODEL_INDEX))
+    index = replace(index, sampler=config_to_dict(adapted_settings(settings, adapters)))
     step = {"adapters": adapter_provenance(adapters), **_step(index, changed)}
     return _rewrite(source, Path(destination), index, changed, change, {"fused": step}, overwrite)
 

@@ -69,7 +69,7 @@ def sample_jumps(
         schedule: gives `marginal`.
         noise: source of the draws; index i + 1 is the draw after step i.
         callback: called with a `Step` after each jump.
-        constrain: applied to the state at every time but the first, and at the end.
+        constrain: applied to the state at every time but the first, and at the end, where what is known is clean.
 
     Returns:
         The state after the last jump, shape (B, H, W, C).
@@ -79,10 +79,11 @@ def sample_jumps(
         mx.eval(x)
         if callback is not None:
             callback(Step(i, len(times), t, s, x))
-        if i + 1 < len(times):
-            s, x = times[i + 1], renoise(x, s, times[i + 1], schedule, lambda x=x, i=i: noise(x.shape, i + 1))
+        last = i + 1 == len(times)
+        if not last:
+            x = renoise(x, s, times[i + 1], schedule, lambda x=x, i=i: noise(x.shape, i + 1))
         if constrain is not None:
-            x = constrain(x, s)
+            x = constrain(x, min(s, schedule.t_min) if last else times[i + 1])
     return x
 
 
@@ -97,10 +98,11 @@ def sample_multistep(g: Jump, x: mx.array, times: Sequence[float], schedule, **o
 def sample_trajectory(g: Jump, x: mx.array, times: Sequence[float], schedule, **options) -> mx.array:
     """Follows the trajectory: each jump lands on the next time, the last one on 0, and no noise is added.
 
-    With `euler_jump` and `heun_jump` the deterministic samplers of [EDM]; with a trajectory model [CTM]'s gamma = 0.
+    With `euler_jump` and `heun_jump` the deterministic samplers of [EDM]. With `trajectory_jump` DDIM, Song, Meng,
+    Ermon, arXiv 2010.02502, which ends on timestep 0 and not below it, as Stable Diffusion's scheduler does.
     Arguments, options and result as for `sample_jumps`.
     """
-    return sample_jumps(g, x, times, [*times[1:], 0.0], schedule, **options)
+    return sample_jumps(g, x, times, [*times[1:], 0], schedule, **options)
 
 
 def sample_tcd(

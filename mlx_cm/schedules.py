@@ -230,6 +230,27 @@ class DiscreteSchedule:
         chosen = np.floor(np.linspace(0, available, steps, endpoint=False)).astype(int)
         return tuple(int(timestep) for timestep in distilled[chosen])
 
+    def ddim_timesteps(self, steps: int, *, strength: float = 1.0) -> tuple[int, ...]:
+        """`steps` timesteps at even distance from 1 up, descending, of which the last `strength` part is kept.
+
+        The "leading" spacing of diffusers' `DDIMScheduler` with steps_offset 1, Stable Diffusion's; with strength as
+        its image-to-image pipelines cut it.
+
+        Args:
+            strength: how much of the way is walked, (0, 1]; below 1 for a start from a picture.
+
+        Raises:
+            UsageError: a setting out of range, or a strength that leaves no step.
+        """
+        limit = self.num_train_timesteps - 1
+        if not 2 <= steps <= limit:  # one step alone would start at timestep 1
+            raise UsageError(f"steps {steps}", f"expected 2 to {limit}")
+        kept = int(steps * strength)
+        if not 1 <= kept <= steps:
+            raise UsageError(f"strength {strength:g}", f"leaves none of {steps} steps")
+        stride = self.num_train_timesteps // steps
+        return tuple(stride * index + 1 for index in reversed(range(kept)))
+
     def check_times(self, times: Sequence[float]) -> tuple[int, ...]:
         """Validates timesteps given by a caller.
 

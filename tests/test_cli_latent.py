@@ -152,6 +152,12 @@ MADE = {
     "a negative prompt": ("sd", [PROMPT, *LCM, "-n", "blue", "--guidance", 1.5], {"negative_prompt": "blue"}, []),
     "TCD": ("sd", [PROMPT, "--sampler", "tcd"], {"sampler": "tcd", "eta": 0.3}, []),
     "TCD, eta 0": ("sd", [PROMPT, "--sampler", "tcd", "--eta", 0], {"eta": 0.0}, []),
+    "DDIM": (
+        "sd",
+        [PROMPT, "--sampler", "ddim", "--steps", 4],
+        {"sampler": "ddim", "guidance_scale": 7.5, "times": [751, 501, 251, 1]},
+        [],
+    ),
     "SDXL": ("xl lcm", [PROMPT], {"sampler": "lcm", "guidance_scale": 8.0}, []),
     "adapters": (
         "sd",
@@ -471,7 +477,7 @@ WRONG = {
     "folder for a picture": ("lcm", ["x", "--image", "{tiny}"], 3, ["taesd"]),
     "inpainting without a picture": ("inpainting", ["x"], 2, ["image", "try: --image PATH --mask PATH"]),
     "inpainting without a mask": ("inpainting", ["x", *IMAGE], 2, ["mask", "try: --mask PATH"]),
-    "base model alone": ("sd", ["x"], 2, ["this is a base model", "--sampler lcm"]),
+    "base model alone": ("sd", ["x"], 2, ["this is a base model", "--sampler lcm", "--sampler ddim"]),
     "base model with a style": ("sd", ["x", "--lora", "{style}"], 2, ["sampler auto", "say which kind it is"]),
     "adapter for another base": (
         "sd",
@@ -553,6 +559,7 @@ TINIEST = ["--width", 8, "--height", 8]
 # model, arguments, what of them the estimate is told, without what it is less
 COSTLY = {
     "guidance": ("sd", [*TINIEST, "--guidance", 1.5], {"guidance_scale": 1.5, **EIGHT}, "guidance_scale"),
+    "DDIM's guidance": ("sd", [*TINIEST, "--sampler", "ddim", "--steps", 2], {"sampler": "ddim", **EIGHT}, "sampler"),
     "a larger picture": ("sd", ["--width", 64], {"width": 64}, "width"),
     "a larger picture to start from": ("sd", IMAGE, {"width": 40, "height": 32}, "width"),
     "several at once": ("sd", ["--count", 2, "--batch", 9], {"batch": 2}, "batch"),

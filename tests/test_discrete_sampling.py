@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from diffusers import LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from parity import channels_last, relative_error
 
 from mlx_cm.errors import UsageError
 from mlx_cm.parameterization import PREDICTIONS, latent_consistency_function, lcm_scalings, predicted_x0_and_noise
 from mlx_cm.rng import torch_noise
-from mlx_cm.samplers import consistency_jump, sample_multistep, sample_tcd, trajectory_jump
+from mlx_cm.samplers import consistency_jump, sample_multistep, sample_tcd, sample_trajectory, trajectory_jump
 from mlx_cm.schedules import CLEAN, PREDICTION_TYPES, DiscreteSchedule
 
 SHAPE = (1, 6, 5, 4)
@@ -146,6 +146,34 @@ def test_timesteps_are_the_tcd_schedulers(strength):
     scheduler = TCDScheduler()
     for steps in range(51):
         assert our_timesteps(steps, strength=strength) == their_timesteps(scheduler, steps, strength=strength), steps
+
+
+@pytest.mark.parametrize("train", [1000, 77, 3])
+def test_timesteps_are_the_ddim_schedulers(train):
+    scheduler = DDIMScheduler(train, steps_offset=1)
+    schedule = DiscreteSchedule(train, original_inference_steps=1)
+    for steps in {*range(2, 52), 100, 333, 499, 500, 501, 997, 999} & {*range(2, train)}:
+        scheduler.set_timesteps(steps)
+        theirs = tuple(scheduler.timesteps.tolist())
+        assert schedule.ddim_timesteps(steps) == schedule.check_times(theirs) == theirs
+        for strength in (0.9, 0.58, 0.57, 0.5):
+            kept = int(steps * strength)  # as `get_timesteps` of its image-to-image pipelines has it
+            assert schedule.ddim_timesteps(steps, strength=strength) == theirs[len(theirs) - kept :]
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "says"),
+    [
+        (1, 1.0, "steps 1: expected 2 to 999"),
+        (0, 1.0, "steps 0"),
+        (-3, 1.0, "steps -3"),
+        (1000, 1.0, "steps 1000"),
+        (9, 0.1, "strength 0.1: leaves none of 9 steps"),
+    ],
+)
+def test_ddim_timesteps_refused(steps, strength, says):
+    with pytest.raises(UsageError, match=says):
+        DiscreteSchedule().ddim_timesteps(steps, strength=strength)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +370,18 @@ def test_tcd_ends_where_the_scheduler_does(fields, steps, eta):
     jump = trajectory_jump(lambda x, t: network(mx)(x, t.item()), schedule)
     ours = our_sampling(sample_tcd, jump, schedule, steps, seed=steps, eta=eta)
     assert relative_error(ours, their_sampling(TCDScheduler(**fields), steps, seed=steps, eta=eta)) < 1e-4
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50])
+@pytest.mark.parametrize("fields", SCHEDULER_FIELDS)
+def test_ddim_ends_where_the_scheduler_does(fields, steps):
+    schedule = DiscreteSchedule(**fields)
+    jump = trajectory_jump(lambda x, t: network(mx)(x, t.item()), schedule)
+    x = torch_noise([steps])(SHAPE, 0)
+    ours = sample_trajectory(jump, x, schedule.ddim_timesteps(steps), schedule, noise=None)
+    fields = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} | fields
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **fields)
+    assert relative_error(ours, their_sampling(scheduler, steps, seed=steps)) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,17 @@ def test_a_model_without_a_sampler_gets_a_plain_solver(native, tmp_path):
     assert (back.scheduler.config.clip_sample, back.scheduler.config.set_alpha_to_one) == (False, False)
 
 
+def test_a_model_sampled_by_ddim_gets_that_scheduler(native, tmp_path):
+    original = latent_pipeline("sd1", "StableDiffusionPipeline", diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False))
+    folder = native(original, overrides={"sampler": "ddim", "steps": 30, "guidance_scale": 5.0})
+    index = json.loads((folder / MODEL_INDEX).read_text())
+    assert (index["sampler"]["sampler"], index["sampler"]["steps"]) == ("ddim", 30)
+    export(folder, tmp_path / "back")
+    back = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "back", safety_checker=None)
+    assert isinstance(back.scheduler, diffusers.DDIMScheduler)
+    assert (back.scheduler.config.steps_offset, back.scheduler.config.set_alpha_to_one) == (1, False)
+
+
 def test_half_precision_stays(native, tmp_path):
     original = make_pipeline("conditional")
     export(native(original, dtype="float16"), tmp_path / "back")

@@ -14,6 +14,7 @@ import pytest
 import tiny_latent
 import torch
 from diffusers import (
+    DDIMScheduler,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -29,6 +30,8 @@ from tiny_latent import LATENTS, PIXELS, native_autoencoder, native_pipeline, re
 
 from mlx_cm.errors import ModelError, OutputError, UsageError
 from mlx_cm.images import to_pil
+from mlx_cm.loading import adapted_settings
+from mlx_cm.lora import Adapter
 from mlx_cm.metadata import new_recipe
 from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mlx_cm.pipelines import latent
@@ -77,6 +80,13 @@ def as_bytes(images: list[Image.Image]) -> list[bytes]:
 
 
 # --- whole runs against diffusers, from the seed alone
+
+
+def stable_diffusions_ddim(**schedule) -> DDIMScheduler:
+    """As Stable Diffusion's own config has it."""
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} | schedule
+    return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **schedule)
+
 
 T2I, I2I, INPAINT = StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 LCM_T2I, LCM_I2I, SDXL = (
@@ -205,6 +215,58 @@ RUNS = {
             ("tiny autoencoder", HALF | NO_CFG, {"strength": 0.5}),
         )
     },
+    "TCD inpainting": (
+        "sd",
+        INPAINT,
+        TCDScheduler,
+        HALF | NO_CFG | {"eta": 0.3, "image": PICTURE, "mask_image": MASK, "height": PIXELS, "width": PIXELS},
+        {"strength": 0.5, "image": PICTURE, "mask": MASK},
+    ),
+    "DDIM": ("sd", T2I, stable_diffusions_ddim, {}, {}),
+    "DDIM, two steps": (
+        "sd",
+        T2I,
+        stable_diffusions_ddim,
+        {"num_inference_steps": 2} | NO_CFG,
+        {"steps": 2} | NO_CFG,
+    ),
+    "DDIM, guided, other size": (
+        "sd",
+        T2I,
+        stable_diffusions_ddim,
+        {"num_inference_steps": 7, "negative_prompt": "blue"} | CFG | SIZE,
+        {"steps": 7, "negative_prompt": "blue"} | CFG | SIZE,
+    ),
+    "DDIM, SD2": ("sd2", T2I, stable_diffusions_ddim, {"num_inference_steps": 6}, {"steps": 6}),
+    "DDIM, SDXL": (
+        "xl",
+        SDXL,
+        stable_diffusions_ddim,
+        {"num_inference_steps": 5, "guidance_scale": 7.5},
+        {"steps": 5},
+    ),
+    **{
+        f"DDIM image to image, strength {strength}": (
+            "sd",
+            I2I,
+            stable_diffusions_ddim,
+            {"num_inference_steps": 9, "strength": strength, "image": PICTURE} | CFG,
+            {"steps": 9, "strength": strength, "image": PICTURE} | CFG,
+        )
+        for strength in (0.2, 0.58, 1.0)
+    },
+    **{
+        f"DDIM inpainting, {family}": (
+            family,
+            INPAINT,
+            stable_diffusions_ddim,
+            {"num_inference_steps": 6, "strength": 0.7, "height": PIXELS, "width": PIXELS}
+            | CFG
+            | {"image": PICTURE, "mask_image": MASK},
+            {"steps": 6, "strength": 0.7, "image": PICTURE, "mask": MASK} | CFG,
+        )
+        for family in ("sd", "inpainting")
+    },
     "inpainting, other size": (
         "inpainting",
         INPAINT,
@@ -221,7 +283,7 @@ def test_a_seed_makes_the_picture_of_diffusers(name):
     vae = "tiny" if name.endswith("tiny autoencoder") else "kl"
     reference = reference_pipeline(family, pipeline, scheduler, vae=vae)
     expected = reference(PROMPT, generator=torch.Generator().manual_seed(3), output_type="np", **theirs).images
-    sampler = {LCMScheduler: "lcm", TCDScheduler: "tcd"}[scheduler]
+    sampler = {LCMScheduler: "lcm", TCDScheduler: "tcd", stable_diffusions_ddim: "ddim"}[scheduler]
     made = native_pipeline(family, vae=vae).generate(PROMPT, seed=3, rng="torch", sampler=sampler, **ours)
     assert expected.std() > 0.05  # not a blank or clipped picture that anything would match
     assert difference(made, expected) < TOLERANCE
@@ -820,6 +882,17 @@ REFUSALS = [
     ("sd", {"sampler": "euler"}, "sampler 'euler': expected auto, lcm, tcd", None),
     ("sd", {"sampler": "auto"}, "sampler auto: this is a base model", "--lora"),
     ("lcm", {"sampler": "tcd"}, "sampler 'tcd': this model was distilled for lcm", None),
+    ("lcm", {"sampler": "ddim"}, "sampler 'ddim': this model was distilled with its guidance baked in", None),
+    ("sd", {"sampler": "auto"}, "sampler auto: this is a base model", "--sampler ddim"),
+    ("sd", {"sampler": "ddim", "eta": 0.3}, "eta: the ddim sampler has no such setting", None),
+    ("sd", {"sampler": "ddim", "original_steps": 20}, "original_steps: the ddim sampler has no such setting", None),
+    *(("sd", {"sampler": "ddim", "steps": steps}, f"steps {steps}: expected 2 to 999", None) for steps in (0, 1, 1000)),
+    (
+        "sd",
+        {"sampler": "ddim", "steps": 9, "image": PICTURE, "strength": 0.1},
+        "strength 0.1: leaves none of 9 steps",
+        None,
+    ),
     ("lcm", {"eta": 0.3}, "eta: the lcm sampler has no such setting", None),
     *(
         ("sd", {"sampler": "tcd", "eta": eta}, "eta .*: expected 0 to 1", None)
@@ -910,6 +983,49 @@ def test_what_is_left_open_is_filled_in():
     assert native_pipeline("sd").resolve(PROMPT, image=PICTURE, mask=MASK, sampler="lcm").strength == 1.0
 
 
+BASE, TEACHER, DISTILLED = LatentSettings(), LatentSettings("ddim", 3.0, 20), LatentSettings("tcd", 1.3, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler", "resolved", "steps", "guidance_scale"),
+    [
+        (BASE, "lcm", "lcm", 4, 1.0),
+        (BASE, "ddim", "ddim", 50, 7.5),
+        (TEACHER, "auto", "ddim", 20, 3.0),
+        (TEACHER, "lcm", "lcm", 4, 1.0),
+        (DISTILLED, "auto", "tcd", 2, 1.3),
+        (DISTILLED, "ddim", "ddim", 50, 7.5),
+    ],
+)
+def test_each_kind_of_sampler_has_its_own_defaults(settings, sampler, resolved, steps, guidance_scale):
+    request = native_pipeline("sd", settings=settings).resolve(PROMPT, sampler=sampler)
+    assert (request.sampler, len(request.times), request.guidance_scale) == (resolved, steps, guidance_scale)
+
+
+@pytest.mark.parametrize(
+    ("settings", "samplers", "expected"),
+    [
+        (BASE, [], BASE),
+        (BASE, [None], BASE),
+        (BASE, ["lcm", None], LatentSettings("lcm")),
+        (TEACHER, [], TEACHER),
+        (TEACHER, ["lcm", "lcm"], LatentSettings("lcm")),  # with the defaults of few steps
+        (DISTILLED, ["tcd"], DISTILLED),
+    ],
+)
+def test_an_adapter_says_how_a_model_that_is_not_distilled_is_used(settings, samplers, expected):
+    adapters = [(Adapter("a", {}, sampler=sampler), 0.5) for sampler in samplers]
+    assert adapted_settings(settings, [*adapters, (Adapter("off", {}, sampler="tcd"), 0.0)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "samplers"), [(BASE, ["lcm", "tcd"]), (TEACHER, ["lcm", "tcd"]), (DISTILLED, ["lcm"])]
+)
+def test_adapters_that_contradict(settings, samplers):
+    with pytest.raises(UsageError, match="lora: distilled for lcm"):
+        adapted_settings(settings, [(Adapter("a", {}, sampler=sampler), 1.0) for sampler in samplers])
+
+
 @pytest.mark.parametrize(("times", "strength"), [("999,499", 1.0), ("499", 0.5), ("19", 0.02)])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_times_say_how_much_is_made_anew(times, strength, mask):
@@ -923,6 +1039,12 @@ RECIPES = [
     ("sd", CFG | {"sampler": "tcd", "eta": 0, "negative_prompt": "blue", "prompt_weights": True}),
     ("sd", {"sampler": "lcm", "times": [999, 500, 3]}),
     ("xl", CFG | {"sampler": "lcm", "negative_prompt": ""}),
+    ("sd", {"sampler": "ddim", "negative_prompt": "blue"}),
+    *(
+        ("sd", CFG | {"sampler": "ddim", "steps": steps, "image": PICTURE, "strength": strength})
+        for strength in (0.11, 0.58, 1.0)
+        for steps in (10, 30, 501, 999)
+    ),
     *(
         ("sd", {"sampler": "lcm", "image": PICTURE, "strength": strength, "original_steps": original, "steps": 1})
         for strength in (0.11, 0.3, 0.57, 0.58, 0.99, 1.0)

@@ -5,7 +5,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -39,6 +39,7 @@ from mlx_cm.samplers import (
     consistency_jump,
     sample_multistep,
     sample_tcd,
+    sample_trajectory,
     trajectory_jump,
 )
 from mlx_cm.schedules import DiscreteSchedule
@@ -61,6 +62,9 @@ class Sampler:
 
     jump: Callable[[Network, DiscreteSchedule], Jump]
     sample: Callable[..., mx.array]
+    distilled: bool = True  # whether it is for what was distilled for it; else for any model, without guidance baked in
+    steps: int = 4  # the defaults of a model that was not made for it
+    guidance_scale: float = 1.0
     eta: float | None = None  # the default; None: there is no such setting
 
 
@@ -71,6 +75,7 @@ def _lcm_jump(net: Network, schedule: DiscreteSchedule) -> Jump:
 SAMPLERS = {
     "lcm": Sampler(_lcm_jump, sample_multistep),
     "tcd": Sampler(trajectory_jump, sample_tcd, eta=TCD_ETA),
+    "ddim": Sampler(trajectory_jump, sample_trajectory, distilled=False, steps=50, guidance_scale=7.5),
 }
 
 
@@ -78,9 +83,9 @@ SAMPLERS = {
 class LatentSettings:
     """How a checkpoint is to be used; the `sampler` section of its model index."""
 
-    sampler: str | None = None  # of SAMPLERS; None: a base model, which needs an adapter that distils it
-    guidance_scale: float = 1.0  # the default; 1 is no guidance
-    steps: int = 4  # the default
+    sampler: str | None = None  # of SAMPLERS; None: a base model, which waits for an adapter that distils it
+    guidance_scale: float = 1.0  # the default of this sampler, or with such an adapter; 1 is no guidance
+    steps: int = 4  # the default, likewise
     force_zeros_for_empty_prompt: bool = False  # SDXL: without a negative prompt its features are zeros
 
     def __post_init__(self):
@@ -88,6 +93,24 @@ class LatentSettings:
             raise ValueError(f"sampler {self.sampler!r}, expected one of {list(SAMPLERS)}")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}, expected at least 1")
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the defaults are those of few steps."""
+        return self.sampler is None or SAMPLERS[self.sampler].distilled
+
+    def defaults(self, sampler: str) -> tuple[int, float]:
+        """(steps, guidance_scale) where none are given: the model's own, if this is the kind of sampler it is for."""
+        row = SAMPLERS[sampler]
+        own = self.distilled == row.distilled
+        return (self.steps, self.guidance_scale) if own else (row.steps, row.guidance_scale)
+
+    def adapted(self, sampler: str | None) -> "LatentSettings":
+        """The settings of the model with an adapter that distils it for this sampler; None: without."""
+        if sampler is None or sampler == self.sampler:
+            return self
+        steps, guidance_scale = self.defaults(sampler)
+        return replace(self, sampler=sampler, steps=steps, guidance_scale=guidance_scale)
 
 
 class PromptFeatures(NamedTuple):
@@ -261,7 +284,8 @@ class LatentConsistencyPipeline:
         Args:
             prompt: one or several; the empty prompt is valid.
             negative_prompt: what not to show; works through guidance above 1 only.
-            steps: network calls; None: the model's default.
+            steps: network calls; None: the model's default. With ddim those of the way from noise alone, of which a
+                start from a picture leaves the `strength` part.
             times: timesteps instead, descending; or text: "auto", "999,499".
             guidance_scale: how strongly the prompt pulls; None: the model's default; 1 is none.
             width, height: pixels, multiples of 8; None: the picture's, or the size the model was trained on.
@@ -270,7 +294,7 @@ class LatentConsistencyPipeline:
             strength: how much of it is made anew, (0, 1]; None: where the times given start, else 0.5, and 1 with a
                 mask.
             mask: white where the picture is to be made anew, black where it stays; of the picture's size.
-            sampler: "auto", "lcm" or "tcd".
+            sampler: "auto", "lcm", "tcd" or, for models that have no guidance baked in, "ddim".
             eta: of TCD, how much noise is put in again, [0, 1]; None: 0.3.
             original_steps: of the distillation; None: what the checkpoint says.
             prompt_weights: read `(word:1.3)` and `[word]` in prompts as weights.
@@ -290,12 +314,13 @@ class LatentConsistencyPipeline:
             raise UsageError("negative_prompt", "expected one text")
         image, mask = (None if one is None else ImageOps.exif_transpose(one) for one in (image, mask))
         seeds = expand_seeds(seed, count)
-        guidance_scale = self._resolve_guidance(guidance_scale, negative_prompt)
+        sampler = self._resolve_sampler(sampler)
+        eta = check_eta(sampler, eta, SAMPLERS[sampler].eta)
+        guidance_scale = self._resolve_guidance(guidance_scale, negative_prompt, sampler)
         width, height = self._resolve_size(width, height, image)
-        sampler, eta = self._resolve_sampler(sampler, eta)
         listed = self._listed_times(times)
         strength = self._resolve_strength(strength, image, mask, listed)
-        times = self._resolve_times(listed, steps, strength, original_steps)
+        times = self._resolve_times(listed, steps, strength, original_steps, sampler)
         self._check_start(times[0])
         for tokenizer in self.tokenizers:  # over-long prompts are known before the work begins
             encode = (lambda texts, t=tokenizer: encode_weighted(t, texts)) if prompt_weights else tokenizer.encode
@@ -318,8 +343,8 @@ class LatentConsistencyPipeline:
             rng=rng,
         )
 
-    def _resolve_guidance(self, scale: float | None, negative_prompt: str | None) -> float:
-        scale = self.settings.guidance_scale if scale is None else float(scale)
+    def _resolve_guidance(self, scale: float | None, negative_prompt: str | None, sampler: str) -> float:
+        scale = self.settings.defaults(sampler)[1] if scale is None else float(scale)
         if not math.isfinite(scale) or scale < 0:
             raise UsageError(f"guidance_scale {scale}", "expected a number of 0 or more")
         if 0 < scale < 1 and not self.has_guidance_embedding:
@@ -391,7 +416,7 @@ class LatentConsistencyPipeline:
             )
         return strength
 
-    def _resolve_sampler(self, sampler: str, eta: float | None) -> tuple[str, float | None]:
+    def _resolve_sampler(self, sampler: str) -> str:
         own = self.settings.sampler
         if sampler == "auto":
             if own is None:
@@ -399,14 +424,17 @@ class LatentConsistencyPipeline:
                     "sampler auto",
                     "this is a base model, which few steps do not suffice for: it needs an adapter that distils it; "
                     "if one of those given does, say which kind it is",
-                    "--lora latent-consistency/lcm-lora-sdv1-5 --sampler lcm",
+                    "--lora latent-consistency/lcm-lora-sdv1-5 --sampler lcm, or --sampler ddim with many steps",
                 )
             sampler = own
         if sampler not in SAMPLERS:
             raise UsageError(f"sampler {sampler!r}", f"expected auto, {', '.join(SAMPLERS)}")
-        if own is not None and sampler != own:
+        if not SAMPLERS[sampler].distilled:
+            if self.has_guidance_embedding:
+                raise UsageError(f"sampler {sampler!r}", "this model was distilled with its guidance baked in")
+        elif own not in (None, sampler) and SAMPLERS[own].distilled:
             raise UsageError(f"sampler {sampler!r}", f"this model was distilled for {own}; another one gives grain")
-        return sampler, check_eta(sampler, eta, SAMPLERS[sampler].eta)
+        return sampler
 
     def _listed_times(self, times: str | Sequence[int] | None) -> tuple[int, ...] | None:
         """The timesteps given; None where they are to be chosen."""
@@ -419,11 +447,20 @@ class LatentConsistencyPipeline:
         return self.schedule.check_times(listed)
 
     def _resolve_times(
-        self, listed: tuple[int, ...] | None, steps: int | None, strength: float | None, original: int | None
+        self,
+        listed: tuple[int, ...] | None,
+        steps: int | None,
+        strength: float | None,
+        original: int | None,
+        sampler: str,
     ) -> tuple[int, ...]:
         if listed is None:
-            steps = self.settings.steps if steps is None else steps
-            return self.schedule.lcm_timesteps(steps, strength=strength or 1.0, original_inference_steps=original)
+            steps, strength = self.settings.defaults(sampler)[0] if steps is None else steps, strength or 1.0
+            if SAMPLERS[sampler].distilled:
+                return self.schedule.lcm_timesteps(steps, strength=strength, original_inference_steps=original)
+            if original is not None:
+                raise UsageError("original_steps", f"the {sampler} sampler has no such setting")
+            return self.schedule.ddim_timesteps(steps, strength=strength)
         if steps is not None and steps != len(listed):
             raise UsageError(f"steps {steps}", f"the times given are {len(listed)}; leave one of the two out")
         if original is not None:
