@@ -216,6 +216,15 @@ def test_other_kinds_of_metadata_are_not_passed_over(tmp_path, name):
     assert "metadata.jsonl" in caught.value.hint
 
 
+def test_metadata_in_a_subfolder_is_not_passed_over(tmp_path):
+    row = lines({"file_name": "a.png", "text": "x"})
+    root = write(tmp_path / "d", {"train/a.png": "", "train/metadata.jsonl": row, "metadata.jsonl.md": "?"})
+    with pytest.raises(ModelError, match=r"in a subfolder, train/metadata\.jsonl") as caught:
+        open_data(root)
+    assert caught.value.hint == f"give {root / 'train'}"
+    assert open_data(root / "train").captions == ["x"]
+
+
 # --- classes
 
 
@@ -938,10 +947,11 @@ def test_an_order_of_other_pictures_is_refused(shapes):
 # --- the end
 
 LOADING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from mlx_cm.training.data import DataSettings, PixelBatches, make_order, open_data
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background begin without it
 data = open_data(Path(sys.argv[1]))
 settings = DataSettings(256, workers=2)
 batches = PixelBatches(data, make_order(data, settings, 8, 0), settings)

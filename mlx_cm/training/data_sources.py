@@ -160,6 +160,9 @@ def _are_classes(root: Path, names: Sequence[str], classes: bool | None, has_cap
 def _read_metadata(files: Mapping[str, Path], root: Path) -> dict[str, tuple[str | None, Label]] | None:
     """Captions and labels by picture, under the names the files have; None where there is no such file."""
     path = files.get(METADATA)
+    below = next((name for name in sorted(files) if name.endswith(f"/{METADATA}")), None)
+    if below is not None:
+        raise ModelError(str(root), f"has a {METADATA} in a subfolder, {below}", f"give {files[below].parent}")
     if path is None:
         other = next((name for name in OTHER_METADATA if name in files), None)
         if other is not None:

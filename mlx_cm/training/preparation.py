@@ -25,7 +25,7 @@ class DataSettings:
 
     size: int | tuple[int, int] = 0  # pixels: a square's side, or height and width; 0: the model's
     crop: str = "center"  # of CROPS
-    flip: bool = False  # left to right, every other picture at random
+    flip: bool = False  # left to right, half of the times
     buckets: bool = False  # latent models: keep aspect ratios, each batch of one size of about the same area
     bucket_step: int = 64  # pixels: the sides of buckets are multiples
     variants: int = 1  # latent models: how many crops and flips of each picture are encoded
