@@ -29,7 +29,7 @@ class Method:
 _SEED_OPTIMIZER = {"optimizer": "radam", "clip": 0.0, "ema": [0.9999, 0.999]}  # of [CM] and its successors
 
 METHODS = {
-    "teacher": Method(None, TeacherSettings),
+    "teacher": Method(None, TeacherSettings, defaults={"samples": {"steps": [20]}}),
     "autoencoder": Method(AUTOENCODER, AutoencoderSettings, defaults={"train": {"learning_rate": 5e-4}}),
     # [CM] table 4: N = 40, mu = 0.95, Heun, RAdam.
     "cd": Method(

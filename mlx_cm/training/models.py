@@ -13,7 +13,7 @@ Without it the model given with --model goes on, or teaches.
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mlx.utils import tree_map
 
 import mlx_cm
 from mlx_cm.config import config_from_dict, config_to_dict
-from mlx_cm.errors import UsageError
+from mlx_cm.errors import OutputError, UsageError
 from mlx_cm.loading import load, load_component
 from mlx_cm.lora import Adapter, attach_lora, attached_layers
 from mlx_cm.model_folder import (
@@ -248,6 +248,31 @@ def _autoencoder(settings: Settings, model: str | Path | None) -> Trainee:
         raise UsageError("model", "none given, and [model.vae] describes no new one", "--model REF, or --config RECIPE")
     config = config_from_dict(AutoencoderKLConfig, _tuples(settings.model["vae"]), "[model.vae]")
     return Trainee(AUTOENCODER, {"vae": new_network(config)})
+
+
+def measure_scaling(autoencoder: nn.Module, pictures: Iterable[mx.array]) -> float:
+    """The factor that gives an autoencoder's latents unit variance: 1 / their standard deviation.
+
+    [LDM] appendix G. Its config gets the factor.
+
+    Args:
+        pictures: batches of what it was trained on, (B, H, W, C).
+
+    Raises:
+        OutputError: all latents are the same.
+    """
+    total, count = mx.zeros(2), 0
+    for x in pictures:
+        mean, logvar = autoencoder.encode(x)
+        total = total + mx.stack([mean.sum(), (mx.square(mean) + mx.exp(logvar)).sum()])
+        count += mean.size
+        mx.eval(total)
+    first, second = (value / count for value in total.tolist())
+    variance = second - first**2
+    if not variance > 0:
+        raise OutputError("autoencoder", f"its latents have the variance {variance}", "train it longer")
+    autoencoder.config = dataclasses.replace(autoencoder.config, scaling_factor=variance**-0.5)
+    return autoencoder.config.scaling_factor
 
 
 # --- networks

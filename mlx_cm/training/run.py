@@ -31,7 +31,7 @@ from mlx_cm.training.data import PictureData, Progress, open_data
 from mlx_cm.training.log import TrainingLog
 from mlx_cm.training.loop import StepReport, Trainer
 from mlx_cm.training.methods import AUTOENCODER, LATENT
-from mlx_cm.training.models import Trainee, build_trainee, write_adapter, write_model
+from mlx_cm.training.models import Trainee, build_trainee, measure_scaling, write_adapter, write_model
 from mlx_cm.training.recomputation import recompute_blocks
 from mlx_cm.training.settings import Settings, changed_settings, read_settings, settings_to_dict, to_toml
 from mlx_cm.training.weights import Weighted
@@ -40,6 +40,7 @@ log = logging.getLogger("mlx_cm")
 
 CONFIG, STARTED, LOG, CURVE = "config.toml", "run.json", "log.csv", "loss.png"
 CHECKPOINTS, SAMPLES, MODEL, LORA = "checkpoints", "samples", "model", "lora"
+MEASURED_BATCHES = 32  # that the scale of an autoencoder's latents is taken from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 OnStep = Callable[[StepReport, int, float], None]  # (report, steps in all, pictures per second)
@@ -221,15 +222,17 @@ class Run:
             yield f"_{steps}", list(self._generated(steps))
 
     def _generated(self, steps: int) -> list:
+        """Pictures as `generate` makes them, blank ones too: early in a run they are."""
         chosen, pipeline = self.settings.samples, self.trainee.pipeline
         seeds = [chosen.seed + k for k in range(chosen.count)]
         if self.trainee.space != LATENT:
             return to_pil(mx.clip(pipeline.sample(pipeline.resolve(seed=seeds, steps=steps)), -1, 1))
         captions = list(dict.fromkeys(caption or "" for caption in self.data.captions))
-        prompts = list(chosen.prompts) or captions[: chosen.count]
+        prompts = list(chosen.prompts) or captions[:: max(1, len(captions) // chosen.count)]
         made = []
         for prompt, seed in zip(prompts * len(seeds), seeds, strict=False):
-            made += pipeline.generate(prompt, seed=seed, steps=steps, guidance_scale=chosen.guidance_scale)
+            request = pipeline.resolve(prompt, seed=seed, steps=steps, guidance_scale=chosen.guidance_scale)
+            made += to_pil(mx.clip(pipeline.decode(pipeline.sample(request)), -1, 1))
         return made
 
     def _export(self) -> Path | None:
@@ -238,6 +241,9 @@ class Run:
             return None
         self._bound()
         told = {"method": self.settings.method, "steps": self.trainer.step, "seed": self.settings.train.seed}
+        if self.trainee.space == AUTOENCODER:
+            batches = min(self.trainer.step, MEASURED_BATCHES)
+            measure_scaling(self.trainee.modules["vae"], (self.trainer.batches.load(k)["x0"] for k in range(batches)))
         if self.trainee.has_lora:
             return write_adapter(self.folder / LORA, self.trainee, told)
         return write_model(self.folder / MODEL, self.trainee, told)

@@ -59,7 +59,8 @@ class TrainSettings:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown, expected one of {list(known)}")
         for name, least in (
             ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("parallel", 0), ("seed", 0), ("warmup", 0),
-            ("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1), ("clip", 0), ("weight_decay", 0),
+            ("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1), ("clip", 0),
+            ("weight_decay", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
