@@ -211,7 +211,7 @@ def _from_latent(
     distilled = given.settings.sampler == "lcm" or given.has_guidance_embedding
     if settings.method == "lcf" and not distilled:
         raise UsageError(ref, "is no latent consistency model", f"mlx-cm train lcd --model {ref}")
-    if settings.method != "lcf" and distilled:
+    if settings.method in ("teacher", "lcd") and distilled:
         raise UsageError(ref, "is a consistency model already", f"mlx-cm train lcf --model {ref}")
     if given.is_inpainting:
         raise UsageError(ref, "sees masks, which the data has not")
@@ -224,7 +224,7 @@ def _from_latent(
         key = mx.random.key(settings.train.seed)
         attach_lora(unet, settings.lora.targets, rank=settings.lora.rank, alpha=alpha, key=key)
     sampling = given.settings
-    if settings.method in ("lcd", "lcm-lora"):
+    if settings.kind.distils and not distilled:
         middle = 1 + (settings.objective.w_min + settings.objective.w_max) / 2
         scale = middle if config.time_cond_proj_dim is not None else 1.0
         sampling = dataclasses.replace(sampling, sampler="lcm", guidance_scale=scale, steps=4)
@@ -234,7 +234,8 @@ def _from_latent(
     copied = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in ("unet", "scheduler")
     }
-    teacher = given if settings.kind.distils else None
+    # An adapter for a model that is distilled already is fine-tuned on the data alone.
+    teacher = given if settings.kind.distils and not distilled else None
     return Trainee(LATENT, {"unet": unet}, pipeline, teacher, copied, base, has_lora=settings.lora.rank > 0)
 
 
