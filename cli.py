@@ -25,8 +25,8 @@ from mlx_cm.errors import MlxCmError, ModelError, UsageError
 INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_STEM = "image"
 MAX_SIDE = 65_500  # pixels; what the file formats hold
-FIRST_MODEL = "openai/diffusers-cd_imagenet64_l2"
-PROMPT_EXAMPLE = 'mlx-cm generate "a lighthouse at dusk"'
+FULL_SIZE = "mlx-cm generate PROMPT -m SimianLuo/LCM_Dreamshaper_v7"
+PROMPT_EXAMPLE = 'mlx-cm generate "red apple"'
 
 # Options of `generate` that go to `load`, and those that go to the pipeline; a recipe carries them under these names.
 LOAD_OPTIONS = ("dtype", "quantize", "lora", "lora_partial", "vae", "base")
@@ -131,7 +131,7 @@ def _options(*options: Callable) -> Callable[[Callable], Callable]:
 
 
 MODEL_OPTIONS = _options(
-    click.option("-m", "--model", metavar="REF", help="Model folder, checkpoint, or Hub id owner/name[@revision]."),
+    click.option("-m", "--model", metavar="REF", help="Folder, checkpoint or Hub id; by default the bundled model."),
     click.option("--lora", metavar="REF[@SCALE]", multiple=True, help="An adapter to apply; may be repeated."),
     click.option("--lora-partial", is_flag=True, help="Leave out what of an adapter the model has no place for."),
     click.option("--base", metavar="REF", help="For a lone U-Net: the model that the other parts come from."),
@@ -193,6 +193,7 @@ def generate(quiet: bool, **options: Any) -> None:
     """Make pictures.
 
     \b
+    mlx-cm generate "red apple"
     mlx-cm generate "a lighthouse at dusk" -m SimianLuo/LCM_Dreamshaper_v7
     mlx-cm generate -m openai/diffusers-cd_imagenet64_l2 --label 207 --steps 2
 
@@ -204,7 +205,7 @@ def generate(quiet: bool, **options: Any) -> None:
     settings, loading = _settings(options, recipe)
     _check_pictures(settings, recipe)
     grid = options["grid"] or bool(recipe.get("grid"))
-    model = _model_ref(options["model"], recipe)
+    model = _model_ref(options["model"], recipe, quiet)
     target = _target(options)
 
     size = {"batch": options["batch"], "low_ram": options["low_ram"], "max_memory": options["max_memory"]}
@@ -323,7 +324,7 @@ def _is_a(kind: type, value: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _model_ref(model: str | None, recipe: dict[str, Any]) -> str:
+def _model_ref(model: str | None, recipe: dict[str, Any], quiet: bool) -> str:
     if model is not None:
         return model
     if recipe:
@@ -334,7 +335,11 @@ def _model_ref(model: str | None, recipe: dict[str, Any]) -> str:
                 "-m PATH",
             )
         return recipe["model_ref"]
-    raise UsageError("model", "none given, and none is bundled", f"mlx-cm generate -m {FIRST_MODEL} --label 207")
+    from mlx_cm.bundled import BUNDLED
+
+    if not quiet:
+        click.echo(f"using the bundled model {BUNDLED!r}; for large pictures of anything: {FULL_SIZE}", err=True)
+    return BUNDLED
 
 
 def _load(
@@ -540,10 +545,20 @@ def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str
 def convert(source: str, destination: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert a PyTorch checkpoint to a model folder, without PyTorch.
 
-    SRC is a .safetensors, .pt, .pth, .ckpt or .bin file, a folder of diffusers' layout, or a Hub id.
+    SRC is a .safetensors, .pt, .pth, .ckpt or .bin file, a folder of diffusers' layout, or a Hub id. With --dtype it
+    may also be a model folder of this program, whose weights get another type.
     """
+    from mlx_cm.model_folder import is_native
     from mlx_cm.sources import convert_ref
 
+    if options["dtype"] and is_native(Path(source)):
+        from mlx_cm.rewriting import cast_folder
+
+        idle = [name for name in ("preset", "overrides", "base", "tokenizer", "variant", "verify") if options[name]]
+        if idle:
+            raise UsageError(idle[0], "has no use for a model folder that is converted already")
+        click.echo(cast_folder(source, destination, options["dtype"], overwrite=options["overwrite"]))
+        return
     with _progress("converting", quiet, unit="B") as progress:
         report = convert_ref(source, destination, progress=progress, **options)
     if as_json:
@@ -676,7 +691,7 @@ def interpolate(first: str, last: str, seed: list[int], frames: int, path: str, 
     if len(seed) > 2:
         raise UsageError("--seed", f"expected one seed or two, got {len(seed)}")
     settings, loading = _settings(options, {})
-    model, target = _model_ref(options["model"], {}), _target(options)
+    model, target = _model_ref(options["model"], {}, quiet), _target(options)
     if target is None and not options["grid"]:
         raise UsageError("--output -", "stdout takes one picture", "--grid")
     pipeline = _load(model, loading, settings, quiet)

@@ -247,16 +247,20 @@ def load_model(folder: Path, dtype: str | None = None) -> nn.Module:
         ModelError: files missing or corrupt, tensors missing, unknown or of another shape.
     """
     wanted = resolve_dtype(dtype)
-    model = load_stored(folder)
+    return in_device_form(cast_model(load_stored(folder), wanted))
+
+
+def cast_model(model: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """Gives a model's weights a type, in place; its `float32_parts` float32, and packed integers stay."""
     kept = tuple(f"{part}." for part in model.float32_parts)
 
     def cast(name: str, value: mx.array) -> mx.array:
         if not mx.issubdtype(value.dtype, mx.floating):
-            return value  # packed integers
-        return value.astype(mx.float32 if name.startswith(kept) else wanted)
+            return value
+        return value.astype(mx.float32 if name.startswith(kept) else dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))
-    return in_device_form(model)
+    return model
 
 
 def load_stored(folder: Path) -> nn.Module:

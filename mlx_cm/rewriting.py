@@ -1,4 +1,4 @@
-"""A native model folder made from another: quantised, or with adapters fused into its weights."""
+"""A native model folder made from another: of another type, quantised, or with adapters fused into its weights."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 import mlx_cm
 from mlx_cm.config import config_from_dict, config_to_dict
@@ -17,8 +19,10 @@ from mlx_cm.model_folder import (
     MODEL_INDEX,
     MODELS,
     ModelIndex,
+    cast_model,
     load_stored,
     read_model_index,
+    resolve_dtype,
     stored_quantization,
     tensor_sources,
     write_component,
@@ -68,6 +72,36 @@ def quantize_folder(source: Path, destination: Path, bits: int, *, overwrite: bo
 
     step = {"bits": bits, **_step(index, parts)}
     return _rewrite(source, Path(destination), index, parts, change, {"quantization": step}, overwrite)
+
+
+def cast_folder(source: Path, destination: Path, dtype: str, *, overwrite: bool = False) -> Path:
+    """Writes a native model with weights of another type; what a network keeps in float32, and integers, stay.
+
+    Args:
+        source: a native model folder.
+        destination: the folder to make; it appears under its name when it is complete.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Returns:
+        The destination.
+
+    Raises:
+        UsageError: an unknown type, or the destination is the source.
+        ModelError: the source is missing or broken, or a weight is too large for the type.
+        DiskError: the destination exists, or there is no space.
+    """
+    source, wanted = Path(source), resolve_dtype(dtype)
+    index = read_model_index(source)
+    parts = [part for part, kind in index.components.items() if kind in MODELS]
+
+    def change(part: str, model: nn.Module) -> nn.Module:
+        model = cast_model(model, wanted)
+        for name, value in tree_flatten(model.parameters()):
+            if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all():
+                raise ModelError(f"{source}: {part}.{name}", f"is beyond what {dtype} holds", "--dtype bfloat16")
+        return model
+
+    return _rewrite(source, Path(destination), index, parts, change, {"cast": dtype, **_step(index, parts)}, overwrite)
 
 
 def fuse_folder(

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_cm import cache, hub
+from mlx_cm.bundled import local_path
 from mlx_cm.errors import ModelError, NetworkError, UsageError
 from mlx_cm.lora import Adapter
 from mlx_cm.model_folder import MODEL_INDEX, WEIGHTS_METADATA, is_native, read_model_index, resolve_dtype, weight_files
@@ -44,7 +45,7 @@ def native_folder(
     Raises:
         ModelError: the reference is neither a path that exists nor a Hub id; or as for `load`.
     """
-    path = Path(ref).expanduser()
+    path = local_path(ref)
     variant = "fp16" if resolve_dtype(dtype) == mx.float16 else None
     if not path.exists():
         return _from_hub(hub_reference(ref), variant, base, progress)
@@ -137,7 +138,7 @@ def component_folder(ref: str | Path, progress: Progress | None = None, *, part:
     Raises:
         ModelError: not found, broken, or of an unknown class.
     """
-    path = Path(ref).expanduser()
+    path = local_path(ref)
     if not path.exists():
         folder = _from_hub(hub_reference(ref), None, None, progress, component=True)
     elif is_native(path) or is_native_component(path):

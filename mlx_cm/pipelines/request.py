@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from PIL import Image
 
+from mlx_cm.bundled import BUNDLED
 from mlx_cm.errors import UsageError
 from mlx_cm.images import check_output, to_pil
 from mlx_cm.rng import NOISE_SOURCES
@@ -98,7 +99,7 @@ def alone(values: Sequence[Any] | None) -> Any:
 def told_of_model(provenance: dict[str, Any], weights_sha256: str | None) -> dict[str, Any]:
     """What a recipe says of the model; where it lies on this machine is nobody's business."""
     source, revision = provenance.get("source"), provenance.get("revision")
-    ref = f"{source}@{revision}" if revision else None
+    ref = f"{source}@{revision}" if revision else source if source == BUNDLED else None
     return {"model": source, "model_ref": ref, "model_sha256": weights_sha256}
 
 
