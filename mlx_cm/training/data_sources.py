@@ -244,15 +244,13 @@ def _read_shards(shards: Mapping[str, Path], classes: bool | None) -> Container:
 def _members(path: Path) -> tuple[list[_Member], str | None]:
     """The plain files of a tar file, and what is wrong with it; those before the fault can be read."""
     members: list[_Member] = []
-    end = 0
     try:
         length = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                if info.size < 0 or info.offset_data < end or info.offset_data + info.size > length:
+                if info.offset_data + info.size > length:
                     return members, "is truncated or corrupt"
-                end = info.offset_data
-                if info.isreg() and not info.issparse():
+                if info.isreg():
                     members.append(_Member(path, info.name, info.offset_data, info.size))
     except (tarfile.TarError, EOFError, OverflowError, RecursionError, ValueError) as error:
         return members, f"is truncated, corrupt or compressed ({error})"
