@@ -18,7 +18,7 @@ from mlx_cm.backend import on_gpu
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.model_folder import DTYPES
 from mlx_cm.training.checkpoints import Checkpoint
-from mlx_cm.training.objectives import SHARED, Batch, Objective
+from mlx_cm.training.objectives import Batch, Objective
 from mlx_cm.training.optimizers import OPTIMIZERS, learning_rate_factor
 from mlx_cm.training.settings import TrainSettings
 from mlx_cm.training.weights import Parameters, Weighted, master_parameters
@@ -142,9 +142,7 @@ class Trainer:
             rows = self.batches.load(step, start, start + self.rows)
             if not draws:
                 draws = self.objective.draw(step, self.settings.batch_size, self._row_shape(rows))
-            mine = {
-                name: value if name in SHARED else value[start : start + self.rows] for name, value in draws.items()
-            }
+            mine = {name: value[start : start + self.rows] for name, value in draws.items()}
             found = self._gradients_at_once({**rows, **mine})
             total = found if total is None else tree_map(mx.add, total, found)
             if self.settings.accumulate > 1:
@@ -158,7 +156,7 @@ class Trainer:
         found = []
         for number, stream in enumerate(self.streams):
             mine = slice(number * share, (number + 1) * share)
-            rows = {name: value if name in SHARED else value[mine] for name, value in batch.items()}
+            rows = {name: value[mine] for name, value in batch.items()}
             with mx.stream(stream):
                 found.append(self._gradients(self.student, self.target, rows, scale))
         return tree_map(lambda *each: sum(each) / len(each), *found) if len(found) > 1 else found[0]

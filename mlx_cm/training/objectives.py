@@ -44,8 +44,7 @@ from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
 from mlx_cm.training.curriculum import CURRICULA, easy_consistency_level, grid, lognormal_probabilities
 from mlx_cm.training.weights import Weighted
 
-Batch = dict[str, mx.array]
-SHARED = ("dropout_key",)  # entries of a batch without a row per picture
+Batch = dict[str, mx.array]  # every entry with a row per picture
 
 
 class Randomness(NamedTuple):
@@ -63,7 +62,8 @@ class Randomness(NamedTuple):
 
     def key(self, step: int, stream: int) -> mx.array:
         """The key of one draw."""
-        return fold_in(fold_in(mx.random.key(self.seed), step), stream)
+        run = mx.random.split(mx.random.key(self.seed))[0]  # hashed, so that seed and step cannot stand for each other
+        return fold_in(fold_in(run, step), stream)
 
 
 NOISE, POSTERIOR, DROPOUT = range(3)  # streams
@@ -130,8 +130,12 @@ class PixelModel:
         return trajectory_denoiser(weights.unet, self.schedule, noise_scale=self.noise_scale)
 
 
-def _pixel_conditions(batch: Batch) -> Batch:
-    return {name: batch[name] for name in ("class_labels", "dropout_key") if name in batch}
+TEACHER_CONDITIONS = ("class_labels",)
+STUDENT_CONDITIONS = (*TEACHER_CONDITIONS, "dropout_key")  # and the target's, with the same key
+
+
+def _conditions(batch: Batch, names: tuple[str, ...] = STUDENT_CONDITIONS) -> Batch:
+    return {name: batch[name] for name in names if name in batch}
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,15 @@ class TeacherSettings:
     empty_prompts: float | None = None  # latents: how often a prompt is left out, for guidance; None: one in ten
 
     def __post_init__(self):
-        if self.std is not None and self.std <= 0:
-            raise ValueError(f"std: expected above 0, got {self.std}")
+        if self.std is not None:
+            _check_std(self.std)
         if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
             raise ValueError(f"empty_prompts: expected 0 to 1, got {self.empty_prompts}")
+
+
+def _check_std(std: float) -> None:
+    if not std > 0:  # false for NaN too
+        raise ValueError(f"std: expected above 0, got {std}")
 
 
 EDM_LEVELS = (-1.2, 1.2)  # mean and standard deviation of ln(sigma), [EDM] table 1
@@ -176,7 +185,7 @@ class EdmTeacher:
     def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
         denoise = self.model.denoiser(student)
         data = self.model.schedule.sigma_data
-        return edm_loss(denoise, batch["x0"], batch["t"], batch["noise"], sigma_data=data, **_pixel_conditions(batch))
+        return edm_loss(denoise, batch["x0"], batch["t"], batch["noise"], sigma_data=data, **_conditions(batch))
 
 
 EASY = "easy"  # the curriculum without a grid
@@ -192,15 +201,15 @@ class ConsistencySettings:
     end_scales: int = 40  # s1, intervals at its end; of a fixed one N, the number of levels
     target_rate: float = 0.95  # mu, or mu0 of a growing curriculum; 0: the target is the student itself
     levels: str = "uniform"  # how often each interval is drawn; or "lognormal"
-    mean: float = -1.1  # of ln(sigma) where lognormal
+    mean: float = -1.1  # of ln(sigma) where lognormal, and in the easy curriculum
     std: float = 2.0
     weight: str = "uniform"  # or "inverse": 1 / (t - s)
     solver: str = "heun"  # or "euler", of the teacher's steps
     distance: str = "l2"  # of mlx_cm.metrics
     distance_c: float | None = None
     lpips: str = ""  # folder of the converted network
-    stages: int = 8  # of the easy curriculum; q grows the pairs' closeness by as many powers
-    q: float = 2.0
+    stages: int = 8  # of the easy curriculum, equally long
+    q: float = 2.0  # by which every stage divides the distance between the levels of a pair
 
     def __post_init__(self):
         for name, known in (
@@ -215,7 +224,8 @@ class ConsistencySettings:
             )
         if not 0 <= self.target_rate < 1:
             raise ValueError(f"target_rate: expected at least 0 and below 1, got {self.target_rate}")
-        if self.stages < 1 or self.q <= 1:
+        _check_std(self.std)
+        if self.stages < 1 or not self.q > 1:
             raise ValueError(f"expected stages >= 1 and q > 1, got {self.stages} and {self.q}")
 
 
@@ -263,7 +273,11 @@ class Consistency:
         return levels[index], levels[index + 1]
 
     def _easy_pair(self, step: int, rows: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A lognormal level and the one that [ECT] pairs with it, 0 where that is below the schedule's range."""
+        """A lognormal level and the one that [ECT] pairs with it, 0 where that is below the schedule's range.
+
+        At sigma_min and below there is nothing to learn, since f is the identity there; [ECT] trains a denoiser's
+        scalings, whose range begins at 0, and needs no limit.
+        """
         schedule = self.model.schedule
         t = np.exp(random.normal(self.settings.mean, self.settings.std, rows))
         t = np.clip(t, 2 * schedule.sigma_min, schedule.sigma_max)
@@ -273,16 +287,16 @@ class Consistency:
     def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
         f, f_target = self.model.consistency(student), self.model.consistency(target)
         x0, noise, t, s = (batch[name] for name in ("x0", "noise", "t", "s"))
-        cond = _pixel_conditions(batch)
         if self.teacher is None:
             x_t, x_s = forward_pair(x0, noise, t, s)
         else:
-            labels = {name: value for name, value in cond.items() if name != "dropout_key"}
-            x_t, x_s = solved_pair(SOLVERS[self.settings.solver](self.teacher, **labels), x0, noise, t, s)
+            solver = SOLVERS[self.settings.solver](self.teacher, **_conditions(batch, TEACHER_CONDITIONS))
+            x_t, x_s = solved_pair(solver, x0, noise, t, s)
         clean = x0 if self.settings.curriculum == EASY else None
         return consistency_loss(
-            f, f_target, x_t, x_s, t, s, distance=self.distance, weight=batch["weight"], clean=clean, **cond
-        )
+            f, f_target, x_t, x_s, t, s,
+            distance=self.distance, weight=batch["weight"], clean=clean, **_conditions(batch),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -290,7 +304,7 @@ class TrajectorySettings:
     """Of `ctm`."""
 
     num_scales: int = 18  # N, levels of the grid
-    solver_steps: int = 17  # at most so many levels lie between t and u
+    solver_steps: int = 17  # of the teacher from t to u, at most
     target_rate: float = 0.999
     solver: str = "heun"
     distance: str = "l2"
@@ -307,15 +321,19 @@ class TrajectorySettings:
             raise ValueError(
                 f"expected num_scales >= 2 and solver_steps >= 1, got {self.num_scales} and {self.solver_steps}"
             )
-        if not 0 <= self.target_rate < 1 or self.denoising_weight < 0:
-            raise ValueError("expected 0 <= target_rate < 1 and denoising_weight >= 0")
+        if not 0 <= self.target_rate < 1 or not self.denoising_weight >= 0:
+            raise ValueError(
+                "expected 0 <= target_rate < 1 and denoising_weight >= 0, "
+                f"got {self.target_rate} and {self.denoising_weight}"
+            )
+        _check_std(self.std)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A jump between any two levels: matching of trajectories, and denoising. [CTM] equation 12 without its third term.
+    """A jump between any two levels: matching of trajectories, and denoising.
 
-    The adversarial term is not there, and the weight between the two is constant, not balanced by gradients.
+    [CTM] section 3, without the adversarial term; the weight between the two is constant, not balanced by gradients.
     """
 
     settings: TrajectorySettings
@@ -331,16 +349,24 @@ class Trajectory:
         return {"target_rate": self.settings.target_rate}
 
     def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
-        """t > u >= s of the grid, [CTM] algorithm 1; and sigma of the denoising loss."""
+        """Levels t > u >= s of the grid, and sigma of the denoising loss.
+
+        As the released code of [CTM] draws them, here for each picture by itself: the number of levels from t to u,
+        large ones more often in proportion; t, of those that have so many below them; s, of those from u on. Where
+        there is no teacher, u is t's neighbour: the line from x_t to the data leaves the trajectory.
+        """
         random, last = self.random.levels(step), self.settings.num_scales - 1
         levels = grid(self.model.schedule, self.settings.num_scales)
-        t = random.integers(0, last, rows)
-        u = np.minimum(t + random.integers(1, self.settings.solver_steps + 1, rows), last)
+        longest = 1 if self.teacher is None else min(self.settings.solver_steps, last)
+        lengths = np.arange(1, longest + 1)
+        length = random.choice(lengths, rows, p=lengths / lengths.sum())
+        t = random.integers(0, last + 1 - length)
+        u = t + length
         s = random.integers(u, last + 1)
         sigma = np.exp(random.normal(self.settings.mean, self.settings.std, rows))
         drawn = {"t": levels[t], "u": levels[u], "s": levels[s], "sigma": sigma}
-        # The teacher walks the grid as far as the longest way of the step; who has arrived stands still.
-        walk = [np.minimum(t + k, u) for k in range(self.settings.solver_steps + 1)]
+        # The teacher takes as many steps for every picture of every batch; one that has arrived stands still.
+        walk = [np.minimum(t + k, u) for k in (0, *lengths)]
         drawn["walk"] = levels[np.stack(walk, axis=1)]
         draws = _common_draws(self.random, step, rows, shape, self.model.dropout)
         return draws | {name: _float32(value) for name, value in drawn.items()}
@@ -348,8 +374,8 @@ class Trajectory:
     def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
         g, g_target = self.model.trajectory(student), self.model.trajectory(target)
         x0, noise, t, u, s = (batch[name] for name in ("x0", "noise", "t", "u", "s"))
-        cond = _pixel_conditions(batch)
-        x_t, x_u = self._pair(x0, noise, batch, cond)
+        cond = _conditions(batch)
+        x_t, x_u = self._pair(batch)
         end = self.model.schedule.sigma_min
         matching, metrics = trajectory_loss(g, g_target, x_t, x_u, t, u, s, distance=self.distance, t_min=end, **cond)
         inner = self.model.inner(student)
@@ -359,19 +385,19 @@ class Trajectory:
         )  # fmt: skip
         return matching + self.settings.denoising_weight * denoising, metrics | {"denoising": denoising}
 
-    def _pair(self, x0: mx.array, noise: mx.array, batch: Batch, cond: Batch) -> tuple[mx.array, mx.array]:
+    def _pair(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """x_t, and x_u where the teacher's walk ends."""
+        x0, noise, t, u, walk = (batch[name] for name in ("x0", "noise", "t", "u", "walk"))
         if self.teacher is None:
-            return forward_pair(x0, noise, batch["t"], batch["u"])
-        labels = {name: value for name, value in cond.items() if name != "dropout_key"}
-        step = SOLVERS[self.settings.solver](self.teacher, **labels)
-        walk = batch["walk"]
+            return forward_pair(x0, noise, t, u)
+        step = SOLVERS[self.settings.solver](self.teacher, **_conditions(batch, TEACHER_CONDITIONS))
 
         def solver(x: mx.array, t: mx.array, u: mx.array) -> mx.array:
             for k in range(walk.shape[1] - 1):
                 x = step(x, walk[:, k], walk[:, k + 1])
             return x
 
-        return solved_pair(solver, x0, noise, batch["t"], batch["u"])
+        return solved_pair(solver, x0, noise, t, u)
 
 
 # --- latents
@@ -475,7 +501,10 @@ class LatentConsistency:
         return {"target_rate": self.settings.target_rate}
 
     def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
-        """A timestep of the solver and the one it steps to, [LCM] algorithm 1; and the guidance of each picture."""
+        """A timestep of the solver and the one it steps to, and the guidance of each picture.
+
+        [LCM] algorithm 1; the first timestep of the solver steps to timestep 0, as in the released code.
+        """
         random, schedule = self.random.levels(step), self.model.schedule
         count = schedule.original_inference_steps
         skip = schedule.num_train_timesteps // count
@@ -550,7 +579,7 @@ class Autoencoding:
 
 def _common_draws(random: Randomness, step: int, rows: int, shape: tuple[int, ...], dropout: bool) -> Batch:
     draws = {"noise": random.normal(step, NOISE, (rows, *shape))}
-    return draws | ({"dropout_key": random.key(step, DROPOUT)} if dropout else {})
+    return draws | ({"dropout_key": mx.random.split(random.key(step, DROPOUT), rows)} if dropout else {})
 
 
 def _latent_draws(random: Randomness, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
