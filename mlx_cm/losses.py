@@ -31,7 +31,7 @@ Solver = Callable[[mx.array, mx.array, mx.array], mx.array]  # (x_t, t, s) -> x_
 def edm_loss(student: Denoiser, x0: mx.array, sigma: mx.array, noise: mx.array, *, sigma_data: float, **cond) -> Losses:
     """lambda(sigma) ||D(x0 + sigma n, sigma) - x0||^2 with lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
 
-    [EDM] equations 2 and 5, table 1: every level starts with a loss of about 1.
+    [EDM] equation 2, its weight from table 1: every level starts with a loss of about 1.
 
     Args:
         student: the denoiser D(x, sigma, **cond), not clipped.
@@ -129,8 +129,9 @@ def trajectory_loss(
 ) -> Losses:
     """d(G-(G(x_t, t, s), s, 0), G-(G-(x_u, u, s), s, 0)): two jumps to s from one trajectory, compared at its end.
 
-    [CTM] equation 9, the soft consistency matching. The gradient of the student's jump passes through the frozen jump
-    to the end.
+    [CTM] section 3, the soft consistency matching. The gradient of the student's jump passes through the frozen jump
+    to the end. Both frozen jumps are the target's, as in the paper; the released code makes the one from u to s with
+    the student's weights.
 
     Args:
         student, target: trajectory functions G(x, t, s, **cond).
@@ -155,7 +156,7 @@ def teacher_step(
 ) -> mx.array:
     """One DDIM step from t to s with guidance: x_s = alpha_s x0 + sigma_s eps, each cond + w (cond - uncond).
 
-    [LCM] equation 13 and its released training code, which guides x0 and eps apart; w = guidance_scale - 1.
+    [LCM] section 4.2 and its released training code, which guides x0 and eps apart; w = guidance_scale - 1.
 
     Args:
         t, s: timesteps, integers of shape (B,).
@@ -185,7 +186,7 @@ def latent_consistency_loss(
 ) -> Losses:
     """d(f(x_t, w, c, t), f-(x_s, w, c, s)) of latents.
 
-    [LCM] equation 14 with x_s from `teacher_step` (distillation); with x_s the same latents and noise at s it is latent
+    [LCM] section 4.3 with x_s from `teacher_step` (distillation); with x_s the same latents and noise at s it is latent
     consistency fine-tuning, section 4.4, which needs no teacher.
 
     Args:
@@ -212,7 +213,8 @@ def autoencoder_loss(
     """d(decode(z), x0) + kl_weight KL(q(z | x0) || N(0, 1)) for a draw z of the posterior.
 
     Kingma, Welling: Auto-Encoding Variational Bayes, arXiv 1312.6114, equation 10; [LDM] appendix G for the small
-    weight. The divergence is the mean over the latents' values.
+    weight. The divergence is the mean over the latents' values, where the released code of [LDM] adds up both terms:
+    its weight times the latents' values per value of a picture is ours.
 
     Args:
         reconstruct: raw latents => pictures.
