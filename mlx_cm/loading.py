@@ -120,7 +120,7 @@ def check_memory(
     index = read_model_index(folder)
     kinds = {part: folder / part for part, kind in index.components.items() if kind in MODELS}
     if vae not in VAES and "vae" in kinds:
-        kinds["vae"] = _autoencoder_folder(vae, progress)
+        kinds["vae"] = autoencoder_folder(vae, progress)
     models = {part: build_model(path) for part, path in kinds.items()}
     parts = {part: model.config for part, model in models.items()}
     stored = {part: quantization_of(model) for part, model in models.items()}
@@ -228,17 +228,22 @@ def _load_autoencoder(folder: Path, unet: nn.Module, options: LoadOptions) -> nn
     path = folder / "vae"
     if options.vae != "full":
         ref = TINY_AUTOENCODERS[unet.config.addition_embed_type] if options.vae == "tiny" else options.vae
-        path = _autoencoder_folder(ref, options.progress)
+        path = autoencoder_folder(ref, options.progress)
     overflows = getattr(build_model(path).config, "force_upcast", False)
     half = resolve_dtype(options.dtype) == mx.float16
     return load_model(path, "float32" if half and overflows else options.dtype)
 
 
-def _autoencoder_folder(ref: str, progress: Progress | None) -> Path:
+def autoencoder_folder(ref: str | Path, progress: Progress | None = None) -> Path:
+    """The native folder of an autoencoder, by itself or of a model that has one.
+
+    Raises:
+        ModelError: not found, broken, or something else.
+    """
     folder = component_folder(ref, progress, part="vae")
     kind = type(build_model(folder)).__name__
     if kind not in AUTOENCODERS:
-        raise ModelError(ref, f"is a {kind}, expected one of {', '.join(AUTOENCODERS)}")
+        raise ModelError(str(ref), f"is a {kind}, expected one of {', '.join(AUTOENCODERS)}")
     return folder
 
 

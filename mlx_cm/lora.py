@@ -145,7 +145,7 @@ class AdaptedLinear(nn.Linear):
     """A linear layer with a LoRA beside its weight, for training: y = W x + b + alpha / rank up (down x)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) + (x @ self.lora_down.T) @ (self.lora_up.T * self.lora_scale)
+        return super().__call__(x) + (x @ self.lora_down.T) @ (_strength(self) * self.lora_up).T
 
 
 class AdaptedConv2d(Conv2d):
@@ -156,7 +156,11 @@ class AdaptedConv2d(Conv2d):
             narrow = backend.upsample_conv2d(x, self.lora_down)
         else:
             narrow = backend.conv2d(x, self.lora_down, stride=self.stride, padding=self.padding)
-        return super().__call__(x, upsample=upsample) + backend.conv2d(narrow, self.lora_up * self.lora_scale)
+        return super().__call__(x, upsample=upsample) + backend.conv2d(narrow, _strength(self) * self.lora_up)
+
+
+def _strength(layer: nn.Module) -> float:
+    return layer.lora_alpha / layer.lora_down.shape[0]
 
 
 ADAPTED = {nn.Linear: AdaptedLinear, Conv2d: AdaptedConv2d}
@@ -190,7 +194,7 @@ def attach_lora(model: nn.Module, names: Iterable[str], *, rank: int, alpha: flo
         layer.__class__ = ADAPTED[type(layer)]
         layer.lora_down = mx.random.uniform(-bound, bound, (rank, *inner), key=layer_key)
         layer.lora_up = mx.zeros((out, *([1] * (len(inner) - 1)), rank))
-        layer.lora_scale = alpha / rank
+        layer.lora_alpha = alpha
         layer.unfreeze(recurse=False, keys=["lora_down", "lora_up"])
     return model
 
@@ -198,7 +202,7 @@ def attach_lora(model: nn.Module, names: Iterable[str], *, rank: int, alpha: flo
 def attached_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapters that `attach_lora` gave a model, as they are trained by now."""
     return {
-        path: LoraLayer(path, module.lora_down, module.lora_up, module.lora_scale * module.lora_down.shape[0])
+        path: LoraLayer(path, module.lora_down, module.lora_up, module.lora_alpha)
         for path, module in _adaptable(model).items()
         if isinstance(module, tuple(ADAPTED.values()))
     }

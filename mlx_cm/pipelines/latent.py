@@ -606,12 +606,22 @@ class LatentConsistencyPipeline:
             negative = [request.negative_prompt or ""] if self._is_guided(request.guidance_scale) else []
             for prompt in [*request.prompts, *negative]:
                 mx.eval([x for x in encode(prompt) if x is not None])
-            self.text_encoders = [_Released(encoder) for encoder in self.text_encoders]
-            _release()
+            self.release("text_encoders")
             latents = list(latents)
-            self.backbone = _Released(self.backbone)
-            _release()
+            self.release("backbone")
         return pictures(batches, PER_IMAGE, (self.decode(x, tiled=request.tiled) for x in latents))
+
+    def release(self, *parts: str) -> None:
+        """Gives the memory of parts back; the pipeline cannot use them any more.
+
+        Args:
+            parts: "text_encoders", "backbone", "autoencoder".
+        """
+        for name in parts:
+            part = getattr(self, name)
+            setattr(self, name, [_Released(one) for one in part] if isinstance(part, list) else _Released(part))
+        gc.collect()
+        mx.clear_cache()
 
     def interpolate(
         self,
@@ -802,7 +812,7 @@ class LatentConsistencyPipeline:
 
 
 class _Released:
-    """Stands where a part was that `low_ram` has released: its config is still asked for, and whoever calls is told."""
+    """Stands where a part was that has been released: its config is still asked for, and whoever calls is told."""
 
     def __init__(self, part: Any):
         self.config = part.config
@@ -810,12 +820,7 @@ class _Released:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("low_ram", "this pipeline has released its parts after use", "load the model again")
 
-    prepare = __call__
-
-
-def _release() -> None:
-    gc.collect()
-    mx.clear_cache()
+    prepare = encode = decode_scaled = __call__
 
 
 def _is_half(model: nn.Module) -> bool:

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.loading import load_component
-from mlx_cm.model_folder import class_of
+from mlx_cm.metrics import Distance
+from mlx_cm.models.lpips import LPIPS
 from mlx_cm.parameterization import edm_denoiser
-from mlx_cm.pipelines.latent import LatentConsistencyPipeline
 from mlx_cm.storage import sha256_file
 from mlx_cm.training.data import DataSettings, PictureData, PixelBatches, Progress, make_order
 from mlx_cm.training.features import LatentBatches
 from mlx_cm.training.loop import Batches
 from mlx_cm.training.methods import AUTOENCODER, LATENT, PIXEL
-from mlx_cm.training.models import Trainee
+from mlx_cm.training.models import Trainee, part_files
 from mlx_cm.training.objectives import (
     Autoencoding,
     Consistency,
@@ -31,7 +32,10 @@ from mlx_cm.training.objectives import (
     Trajectory,
     make_distance,
 )
+from mlx_cm.training.preparation import Size
 from mlx_cm.training.settings import Settings
+
+TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 class Unlabelled:
@@ -74,9 +78,9 @@ def make_batches(settings: Settings, trainee: Trainee, data: PictureData, progre
         train.seed,
         encode_pictures=lambda pixels: _posterior(pipeline.autoencoder, pixels),
         picture_model=_identity(trainee, ["vae"], pipeline.autoencoder),
-        encode_prompts=None if is_trained else lambda texts: tuple(pipeline.encode_prompt(texts)),
+        encode_prompts=None if is_trained else pipeline.encode_prompt,
         tokenize=(lambda texts: [one.encode(texts) for one in pipeline.tokenizers]) if is_trained else None,
-        prompt_model="" if is_trained else _identity(trainee, _text_folders(pipeline), *pipeline.text_encoders),
+        prompt_model="" if is_trained else _identity(trainee, TEXT_FOLDERS, *pipeline.text_encoders),
         with_time_ids=pipeline.is_xl,
         progress=progress,
     )
@@ -84,13 +88,9 @@ def make_batches(settings: Settings, trainee: Trainee, data: PictureData, progre
 
 def _sized(data: DataSettings, trainee: Trainee) -> DataSettings:
     """The settings with the size of the network's pictures where none is given."""
-    config = next(iter(trainee.modules.values())).config
-    if trainee.space == LATENT:
-        unit = trainee.pipeline.autoencoder.config.pixels_per_latent
-        side = config.sample_size if "unet" in trainee.modules else trainee.pipeline.backbone.config.sample_size
-        own = tuple(unit * one for one in side) if isinstance(side, tuple) else unit * (side or 0)
-    else:
-        unit, own = getattr(config, "pixels_per_latent", 1), config.sample_size
+    unit, own = _own_size(trainee)
+    if not data.size and not own:
+        raise UsageError("data.size", "is missing, and the model does not say its own", "--set data.size=512")
     chosen = data if data.size else dataclasses.replace(data, size=own)
     if trainee.space == PIXEL and chosen.target != (own, own):
         raise UsageError(f"data.size {chosen.size}", f"this network makes pictures of {own} by {own} pixels")
@@ -99,6 +99,15 @@ def _sized(data: DataSettings, trainee: Trainee) -> DataSettings:
     if chosen.buckets and trainee.space != LATENT:
         raise UsageError("data.buckets", "is for latent models; this network has one size")
     return chosen
+
+
+def _own_size(trainee: Trainee) -> tuple[int, int | Size]:
+    """(pixels that sizes are multiples of, size of the network's pictures or 0 where it says none)."""
+    if trainee.space != LATENT:
+        (module,) = trainee.modules.values()
+        return getattr(module.config, "pixels_per_latent", 1), module.config.sample_size
+    unit, side = trainee.pipeline.autoencoder.config.pixels_per_latent, trainee.modules["unet"].config.sample_size
+    return unit, tuple(unit * one for one in side) if isinstance(side, tuple) else unit * (side or 0)
 
 
 def _posterior(autoencoder: nn.Module, pixels: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -111,25 +120,16 @@ def _posterior(autoencoder: nn.Module, pixels: mx.array) -> tuple[mx.array, mx.a
     return scaled, autoencoder.to_scaled(mean + mx.exp(0.5 * logvar)) - scaled
 
 
-def _text_folders(pipeline: LatentConsistencyPipeline) -> list[str]:
-    return [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2")]
-
-
 def _identity(trainee: Trainee, folders: Sequence[str], *modules: nn.Module) -> str:
     """What makes the features of frozen networks: their files, and the types that they compute in."""
     files = [
         f"{name}/{path.name} {sha256_file(path)}"
         for name in folders
         if name in trainee.copied
-        for path in sorted(trainee.copied[name].iterdir())
-        if path.is_file()
+        for path in part_files(trainee.copied[name])
     ]
-    types = [f"{class_of(one.config)} {next(iter(_leaf_types(one)))}" for one in modules]
-    return "\n".join(files + types)
-
-
-def _leaf_types(module: nn.Module) -> list[str]:
-    return sorted({str(value.dtype) for value in nn.utils.tree_flatten(module.parameters(), destination={}).values()})
+    types = {str(value.dtype) for module in modules for _, value in tree_flatten(module.parameters())}
+    return "\n".join([*files, *sorted(types)])
 
 
 # --- objectives
@@ -156,9 +156,7 @@ def make_objective(settings: Settings, trainee: Trainee, batches: Batches) -> Ob
         return EdmTeacher(made, model, random)
     teacher = None
     if trainee.teacher is not None:
-        given = trainee.teacher
-        scale = given.settings.noise_scale
-        teacher = edm_denoiser(given.backbone, given.schedule, noise_scale=scale, clip=False)
+        teacher = edm_denoiser(trainee.teacher, model.schedule, noise_scale=model.noise_scale, clip=False)
     if settings.method == "ctm":
         return Trajectory(made, model, random, _distance(settings), teacher)
     return Consistency(made, model, random, settings.train.steps, _distance(settings), teacher)
@@ -175,15 +173,16 @@ def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, ra
             if getattr(settings.objective, name) is not None:
                 raise UsageError(f"objective.{name}", "is for pixel-space models; timesteps are drawn uniformly here")
         return LatentTeacher(settings.objective, model, random)
-    teacher = None if trainee.teacher is None else trainee.teacher.backbone
-    return LatentConsistency(settings.objective, model, random, _distance(settings), teacher)
+    if settings.objective.distance == "lpips":
+        raise UsageError("objective.distance lpips", "compares pictures, and this model makes latents")
+    return LatentConsistency(settings.objective, model, random, _distance(settings), trainee.teacher)
 
 
-def _distance(settings: Settings):
+def _distance(settings: Settings) -> Distance:
     made, network = settings.objective, None
     if made.distance == "lpips" and made.lpips:
         folder = Path(made.lpips).expanduser()
         network = load_component(folder, "float32").freeze()
-        if type(network).__name__ != "LPIPS":
+        if not isinstance(network, LPIPS):
             raise ModelError(str(folder), f"is a {type(network).__name__}, expected LPIPS")
     return make_distance(made.distance, made.distance_c, network)

@@ -25,27 +25,31 @@ from mlx.utils import tree_map
 import mlx_cm
 from mlx_cm.config import config_from_dict, config_to_dict
 from mlx_cm.errors import OutputError, UsageError
-from mlx_cm.loading import load, load_component
+from mlx_cm.loading import TEXT_ENCODERS, autoencoder_folder, load
 from mlx_cm.lora import Adapter, attach_lora, attached_layers
 from mlx_cm.model_folder import (
     ModelIndex,
     class_of,
+    load_model,
     new_model,
+    read_model_index,
     tensor_sources,
     weight_files,
     write_component,
     write_model_index,
     write_schedule,
 )
-from mlx_cm.models.autoencoder_kl import AutoencoderKLConfig
+from mlx_cm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_cm.models.clip_text import CLIPTextConfig
 from mlx_cm.models.unet2d import UNet2DConfig
 from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
-from mlx_cm.pipelines.latent import LatentConsistencyPipeline, LatentSettings
-from mlx_cm.pipelines.pixel import ConsistencyModelPipeline, PixelSettings
+from mlx_cm.pipelines.latent import SAMPLERS, LatentConsistencyPipeline, LatentSettings
+from mlx_cm.pipelines.pixel import PARAMETERIZATIONS, ConsistencyModelPipeline, PixelSettings
+from mlx_cm.quantization import quantization_of
 from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
-from mlx_cm.sources import Progress, component_folder, native_folder, save_adapter
-from mlx_cm.storage import atomic_folder, read_json, sha256_file
+from mlx_cm.sources import Progress, native_folder, save_adapter
+from mlx_cm.storage import INDEX_NAME, atomic_folder, read_json, sha256_file
+from mlx_cm.tokenizer import FILES as TOKENIZER_FILES
 from mlx_cm.tokenizer import CLIPTokenizer
 from mlx_cm.training.methods import AUTOENCODER, LATENT, PIXEL
 from mlx_cm.training.objectives import EASY, ConsistencySettings
@@ -58,6 +62,23 @@ GUIDANCE_WIDTH = 256  # of a new guidance embedding, as in the published models
 ZEROED = ("conv2", "conv_out", "to_out.0", "proj_out", "ff.net.2", "out_proj", "fc2")
 TEXT_WIDTH_SCALE = 0.02  # standard deviation of new token embeddings
 
+CONFIG = "config.json"
+# What `[model]` may describe, by the space of the new network: a table of settings, or a reference.
+DESCRIBED: dict[str, dict[str, type]] = {
+    PIXEL: {"unet": Mapping, "schedule": Mapping},
+    LATENT: {"unet": Mapping, "text_encoder": Mapping, "tokenizer": str, "vae": str, "schedule": Mapping},
+    AUTOENCODER: {"vae": Mapping},
+}
+OPTIONAL = ("schedule",)
+# What a model of pixels may be for a method that begins with it.
+BEGINNINGS = {
+    "teacher": ("edm",),
+    "cd": ("edm",),
+    "ct": ("edm", "consistency"),
+    "ict": ("edm", "consistency"),
+    "ctm": ("edm",),
+}
+
 
 @dataclass
 class Trainee:
@@ -69,10 +90,15 @@ class Trainee:
     space: str
     modules: dict[str, nn.Module]
     pipeline: Pipeline | None = None  # None for an autoencoder
-    teacher: Pipeline | None = None  # whose network is called and never trained
+    teacher: nn.Module | None = None  # a network of the pipeline's kind that is called and never trained
     copied: dict[str, Path] = field(default_factory=dict)  # folders that are part of the result as they are
     base: dict[str, Any] = field(default_factory=dict)  # what the result says of where it comes from
     has_lora: bool = False
+
+    def release_encoders(self) -> None:
+        """Frees what is only needed to encode and to decode; the pipeline makes no pictures any more."""
+        if self.space == LATENT:
+            self.pipeline.release("text_encoders", "autoencoder")
 
 
 def build_trainee(
@@ -90,65 +116,96 @@ def build_trainee(
         UsageError: no model, or one that the method has no use for; settings that do not fit together.
         ModelError: a config that describes no possible network, or a model that cannot be loaded.
     """
-    kind = settings.kind
+    method, kind = settings.method, settings.kind
     if kind.needs_model and model is None:
-        raise UsageError("model", f"{settings.method} needs {kind.needs_model}", "--model REF")
+        raise UsageError("model", f"{method} needs {kind.needs_model}", "--model REF")
+    if model is not None and settings.model:
+        raise UsageError("[model]", f"describes a new network, and {model} was given as well", "leave one of them out")
+    if method == "lcm-lora" and not settings.lora.rank:
+        raise UsageError("lora.rank 0", "lcm-lora trains an adapter", f"mlx-cm train lcd --model {model}")
     mx.random.seed(settings.train.seed)  # MLX's layers draw their first weights from the global generator
-    if kind.space == AUTOENCODER:
-        return _autoencoder(settings, model)
     if model is None:
-        if "unet" not in settings.model:
-            raise UsageError(
-                "model", "none given, and [model.unet] describes no new one", "--model REF, or --config RECIPE"
-            )
-        is_latent = any(name in settings.model for name in ("vae", "text_encoder", "tokenizer"))
-        _check_space(settings, LATENT if is_latent else PIXEL)
-        return _new_latent(settings, progress) if is_latent else _new_pixel(settings, num_classes)
-    if "unet" in settings.model:
-        raise UsageError("model", "[model.unet] describes a new network, and one was given as well", "leave one out")
+        space = _described_space(settings)
+        if settings.lora.rank:
+            raise UsageError("lora.rank", "an adapter is trained for a model that exists", "--model REF")
+        made = {PIXEL: _new_pixel, LATENT: _new_latent, AUTOENCODER: _new_autoencoder}[space]
+        return made(settings, num_classes, progress)
+    if kind.space == AUTOENCODER:
+        _check_space(settings, AUTOENCODER)
+        return _from_autoencoder(model, progress)
     # Frozen weights need no more digits than they are computed with; trained ones do.
-    half = settings.train.dtype if settings.lora.rank else "float32"
-    pipeline = load(model, dtype=half, progress=progress)
-    folder = native_folder(model, dtype=half, progress=progress)
-    base = {"base": pipeline.provenance.get("source"), "base_weights": pipeline.provenance.get("weights")}
-    if isinstance(pipeline, ConsistencyModelPipeline):
-        _check_space(settings, PIXEL)
-        return _from_pixel(settings, pipeline, base, str(model))
-    _check_space(settings, LATENT)
-    return _from_latent(settings, pipeline, folder, base, str(model))
+    computed = settings.train.dtype
+    trained = computed if settings.lora.rank else "float32"
+    folder = native_folder(model, dtype=trained, progress=progress)
+    given = load(folder, dtype=computed)
+    space = PIXEL if isinstance(given, ConsistencyModelPipeline) else LATENT
+    _check_space(settings, space)
+    if quantization_of(given.backbone) is not None:
+        raise UsageError(str(model), "is quantised; training needs all digits", "train the model it was made from")
+    network = given.backbone if trained == computed else load_model(folder / "unet", trained)
+    begin = _from_pixel if space == PIXEL else _from_latent
+    trainee = begin(settings, given, network, str(model))
+    trainee.base |= {"base": given.provenance.get("source"), "base_weights": given.provenance.get("weights")}
+    if space == LATENT:
+        trainee.copied |= _other_parts(folder)
+    return trainee
+
+
+def _described_space(settings: Settings) -> str:
+    """The space of the network that `[model]` describes, once it is complete."""
+    described, space = settings.model, settings.kind.space
+    if space != AUTOENCODER:
+        space = LATENT if described.keys() & (DESCRIBED[LATENT].keys() - DESCRIBED[PIXEL].keys()) else PIXEL
+        _check_space(settings, space)
+    known = DESCRIBED[space]
+    first = next(iter(known))
+    if first not in described:
+        why = f"none given, and [model.{first}] describes no new one"
+        raise UsageError("model", why, "--model REF, or --config RECIPE")
+    missing = [name for name in known if name not in (*described, *OPTIONAL)]
+    unknown = [name for name in described if name not in known]
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
+        raise UsageError("[model]", f"{what}; for {space} space it has {', '.join(known)}")
+    for name, value in described.items():
+        if not isinstance(value, known[name]):
+            wanted = "a reference" if known[name] is str else "a table of settings"
+            raise UsageError(f"[model] {name}", f"expected {wanted}, got {value!r}")
+    return space
 
 
 def _check_space(settings: Settings, space: str) -> None:
     if settings.kind.space not in (None, space):
         raise UsageError("model", f"is of {space} space, and {settings.method} is for {settings.kind.space} space")
+    if settings.lora.rank and space != LATENT:
+        raise UsageError("lora.rank", "adapters are for latent models")
 
 
 # --- pixels
 
 
-def _new_pixel(settings: Settings, num_classes: int | None) -> Trainee:
-    values = {"num_class_embeds": num_classes} | dict(settings.model["unet"])
+def _new_pixel(settings: Settings, num_classes: int | None, progress: Progress | None) -> Trainee:
+    values = {"num_class_embeds": num_classes, **settings.model["unet"]}
     if settings.method == "ctm":
         values["trajectory"] = True
-    config = config_from_dict(UNet2DConfig, _tuples(values), "[model.unet]")
+    config = config_from_dict(UNet2DConfig, values, "[model.unet]")
     schedule = config_from_dict(KarrasSchedule, settings.model.get("schedule", {}), "[model.schedule]")
     unet = new_network(config)
     return Trainee(PIXEL, {"unet": unet}, _pixel_pipeline(settings, unet, schedule, PixelSettings()))
 
 
-def _from_pixel(settings: Settings, given: ConsistencyModelPipeline, base: dict[str, Any], ref: str) -> Trainee:
-    made = given.settings.parameterization
-    teaches = settings.kind.distils or settings.method == "ctm"
-    if teaches and made != "edm":
-        raise UsageError(ref, f"is no diffusion teacher but a {made} model", "convert the teacher with --preset edm")
-    if settings.method == "teacher" and made != "edm":
-        raise UsageError(ref, f"is a {made} model already; a teacher is trained from a teacher, or from nothing")
-    config = given.backbone.config
+def _from_pixel(settings: Settings, given: ConsistencyModelPipeline, network: nn.Module, ref: str) -> Trainee:
+    made, wanted = given.settings.parameterization, BEGINNINGS[settings.method]
+    if made not in wanted:
+        title, titles = PARAMETERIZATIONS[made].title, [PARAMETERIZATIONS[one].title for one in wanted]
+        raise UsageError(ref, f"is {title}; {settings.method} begins with {' or '.join(titles)}")
+    config = network.config
     if settings.method == "ctm":
         config = dataclasses.replace(config, trajectory=True)
-    unet = clone(given.backbone, config)
+    unet = clone(network, config)
     pipeline = _pixel_pipeline(settings, unet, given.schedule, given.settings)
-    return Trainee(PIXEL, {"unet": unet}, pipeline, given if teaches else None, base=base)
+    teaches = settings.kind.distils or settings.method == "ctm"
+    return Trainee(PIXEL, {"unet": unet}, pipeline, given.backbone if teaches else None)
 
 
 def _pixel_pipeline(
@@ -173,82 +230,100 @@ def _final_scales(settings: Settings, schedule: KarrasSchedule) -> int:
 # --- latents
 
 
-def _new_latent(settings: Settings, progress: Progress | None) -> Trainee:
+def _new_latent(settings: Settings, num_classes: int | None, progress: Progress | None) -> Trainee:
     described = settings.model
-    for name in ("unet", "text_encoder", "tokenizer", "vae"):
-        if name not in described:
-            raise UsageError(
-                "[model]", f"{name} is missing; a new latent model needs unet, text_encoder, tokenizer and vae"
-            )
     tokenizer_folder = Path(described["tokenizer"]).expanduser()
     tokenizer = CLIPTokenizer.from_folder(tokenizer_folder)
-    vae_folder = component_folder(described["vae"], progress, part="vae")
-    vae = load_component(vae_folder, "float32")
+    vae_folder = autoencoder_folder(described["vae"], progress)
+    vae = load_model(vae_folder, "float32")
     text_values = {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-    } | dict(described["text_encoder"])
-    text_encoder = new_network(config_from_dict(CLIPTextConfig, _tuples(text_values), "[model.text_encoder]"))
+    }
+    text_config = config_from_dict(CLIPTextConfig, {**text_values, **described["text_encoder"]}, "[model.text_encoder]")
     channels = vae.config.latent_channels
     unet_values = {
-        "in_channels": channels, "out_channels": channels, "cross_attention_dim": text_encoder.config.hidden_size,
-    } | dict(described["unet"])  # fmt: skip
-    unet = new_network(config_from_dict(UNet2DConditionConfig, _tuples(unet_values), "[model.unet]"))
+        "in_channels": channels, "out_channels": channels, "cross_attention_dim": text_config.hidden_size,
+    }  # fmt: skip
+    unet_config = config_from_dict(UNet2DConditionConfig, {**unet_values, **described["unet"]}, "[model.unet]")
+    # What else a U-Net can be told, this data has not.
+    unet_values |= {"addition_embed_type": None, "time_cond_proj_dim": None}
+    for part, config, values in (("text_encoder", text_config, text_values), ("unet", unet_config, unet_values)):
+        for name, value in values.items():
+            if getattr(config, name) != value:
+                raise UsageError(f"[model.{part}] {name}", f"expected {value}, got {getattr(config, name)}")
+    text_encoder, unet = new_network(text_config), new_network(unet_config)
     schedule = config_from_dict(DiscreteSchedule, described.get("schedule", {}), "[model.schedule]")
-    pipeline = LatentConsistencyPipeline(
-        unet, vae, [text_encoder], [tokenizer], schedule, LatentSettings(sampler="ddim", guidance_scale=3.0, steps=50)
-    )
+    sampling = LatentSettings(sampler="ddim", guidance_scale=3.0, steps=50)
+    pipeline = LatentConsistencyPipeline(unet, vae, [text_encoder], [tokenizer], schedule, sampling)
     copied = {"vae": vae_folder, "tokenizer": tokenizer_folder}
     return Trainee(LATENT, {"unet": unet, "text_encoder": text_encoder}, pipeline, copied=copied)
 
 
-def _from_latent(
-    settings: Settings, given: LatentConsistencyPipeline, folder: Path, base: dict[str, Any], ref: str
-) -> Trainee:
-    distilled = given.settings.sampler == "lcm" or given.has_guidance_embedding
+def _from_latent(settings: Settings, given: LatentConsistencyPipeline, network: nn.Module, ref: str) -> Trainee:
+    sampling, lora = given.settings, settings.lora
+    if sampling.sampler == "tcd":
+        raise UsageError(ref, "is distilled for TCD, which is not trained here", "train the model it was made from")
+    distilled = sampling.sampler == "lcm" or given.has_guidance_embedding
     if settings.method == "lcf" and not distilled:
         raise UsageError(ref, "is no latent consistency model", f"mlx-cm train lcd --model {ref}")
     if settings.method in ("teacher", "lcd") and distilled:
         raise UsageError(ref, "is a consistency model already", f"mlx-cm train lcf --model {ref}")
     if given.is_inpainting:
         raise UsageError(ref, "sees masks, which the data has not")
-    config = given.backbone.config
-    if settings.method == "lcd" and not settings.lora.rank:
+    # An adapter for a model that is distilled already is fine-tuned on the data alone.
+    teacher = given.backbone if settings.kind.distils and not distilled else None
+    config = network.config
+    if settings.method == "lcd" and not lora.rank:
         config = dataclasses.replace(config, time_cond_proj_dim=GUIDANCE_WIDTH)
-    unet = clone(given.backbone, config)
-    if settings.lora.rank:
-        alpha = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
-        key = mx.random.key(settings.train.seed)
-        attach_lora(unet, settings.lora.targets, rank=settings.lora.rank, alpha=alpha, key=key)
-    sampling = given.settings
-    if settings.kind.distils and not distilled:
+    unet = clone(network, config)
+    if lora.rank:
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        attach_lora(unet, lora.targets, rank=lora.rank, alpha=alpha, key=mx.random.key(settings.train.seed))
+    if teacher is not None:
         middle = 1 + (settings.objective.w_min + settings.objective.w_max) / 2
         scale = middle if config.time_cond_proj_dim is not None else 1.0
         sampling = dataclasses.replace(sampling, sampler="lcm", guidance_scale=scale, steps=4)
+    elif sampling.sampler is None:  # a base model waits for an adapter; the samples of its training do not
+        plain = SAMPLERS["ddim"]
+        sampling = dataclasses.replace(sampling, sampler="ddim", guidance_scale=plain.guidance_scale, steps=plain.steps)
     pipeline = LatentConsistencyPipeline(
         unet, given.autoencoder, given.text_encoders, given.tokenizers, given.schedule, sampling
     )
-    copied = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in ("unet", "scheduler")
-    }
-    # An adapter for a model that is distilled already is fine-tuned on the data alone.
-    teacher = given if settings.kind.distils and not distilled else None
-    return Trainee(LATENT, {"unet": unet}, pipeline, teacher, copied, base, has_lora=settings.lora.rank > 0)
+    return Trainee(LATENT, {"unet": unet}, pipeline, teacher, has_lora=lora.rank > 0)
+
+
+def _other_parts(folder: Path) -> dict[str, Path]:
+    """The folders of a latent model beside the U-Net: components and tokenizers."""
+    parts = [part for part in read_model_index(folder).components if part not in ("unet", "scheduler")]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in parts if part in TEXT_ENCODERS]
+    return {name: folder / name for name in (*parts, *tokenizers)}
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The files that a component or a tokenizer consists of, whatever else lies beside them."""
+    if not (folder / CONFIG).is_file():
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    index = [folder / INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
+    return [folder / CONFIG, *index, *weight_files(folder)]
 
 
 # --- autoencoders
 
 
-def _autoencoder(settings: Settings, model: str | Path | None) -> Trainee:
-    if model is not None:
-        return Trainee(AUTOENCODER, {"vae": load_component(model, "float32").train()}, base={"base": Path(model).name})
-    if "vae" not in settings.model:
-        raise UsageError("model", "none given, and [model.vae] describes no new one", "--model REF, or --config RECIPE")
-    config = config_from_dict(AutoencoderKLConfig, _tuples(settings.model["vae"]), "[model.vae]")
+def _new_autoencoder(settings: Settings, num_classes: int | None, progress: Progress | None) -> Trainee:
+    config = config_from_dict(AutoencoderKLConfig, settings.model["vae"], "[model.vae]")
     return Trainee(AUTOENCODER, {"vae": new_network(config)})
+
+
+def _from_autoencoder(model: str | Path, progress: Progress | None) -> Trainee:
+    vae = load_model(autoencoder_folder(model, progress), "float32")
+    if not isinstance(vae, AutoencoderKL):
+        raise UsageError(str(model), f"is an {type(vae).__name__}, which has no posterior to train")
+    return Trainee(AUTOENCODER, {"vae": vae}, base={"base": Path(model).name})
 
 
 def measure_scaling(autoencoder: nn.Module, pictures: Iterable[mx.array]) -> float:
@@ -306,10 +381,6 @@ def clone(model: nn.Module, config: Any) -> nn.Module:
     return made
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
 # --- results
 
 
@@ -329,11 +400,13 @@ def write_model(folder: Path, trainee: Trainee, told: Mapping[str, Any]) -> Path
             digests = write_component(partial / part, module.config, tensor_sources(module))
             components[part] = class_of(module.config)
             weights |= {f"{part}/{name}": digest for name, digest in digests.items()}
-        for name, source in trainee.copied.items():
-            shutil.copytree(source, partial / name)
-            if (source / "config.json").is_file():
-                components[name] = read_json(source / "config.json")["_class_name"]
-                weights |= {f"{name}/{path.name}": sha256_file(path) for path in weight_files(source)}
+        for part, source in trainee.copied.items():
+            (partial / part).mkdir()
+            for path in part_files(source):
+                shutil.copyfile(path, partial / part / path.name)
+            if (source / CONFIG).is_file():
+                components[part] = read_json(source / CONFIG)["_class_name"]
+                weights |= {f"{part}/{path.name}": sha256_file(path) for path in weight_files(source)}
         sampler = {}
         if trainee.pipeline is not None:
             write_schedule(partial / "scheduler", trainee.pipeline.schedule)
@@ -356,6 +429,7 @@ def write_adapter(folder: Path, trainee: Trainee, told: Mapping[str, Any]) -> Pa
         DiskError: there is no space; nothing half-written stays behind.
     """
     layers = attached_layers(trainee.modules["unet"])
-    notes = {key: str(value) for key, value in told.items()}
-    adapter = Adapter(folder.name, {"unet": layers}, notes, sampler=trainee.pipeline.settings.sampler)
+    notes = {key: str(value) for key, value in {**told, "base": trainee.base.get("base")}.items() if value is not None}
+    sampling = trainee.pipeline.settings
+    adapter = Adapter(folder.name, {"unet": layers}, notes, sampler=sampling.sampler if sampling.distilled else None)
     return save_adapter(adapter, folder)
