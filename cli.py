@@ -22,7 +22,8 @@ import click
 import mlx_cm
 from mlx_cm.errors import MlxCmError, ModelError, UsageError
 
-INTERRUPTED, TERMINATED = 130, 143
+SIGNALLED = 128  # what a shell adds to the number of the signal that has ended a program
+INTERRUPTED, TERMINATED = SIGNALLED + signal.SIGINT, SIGNALLED + signal.SIGTERM
 DEFAULT_STEM = "image"
 MAX_SIDE = 65_500  # pixels; what the file formats hold
 FULL_SIZE = "mlx-cm generate PROMPT -m SimianLuo/LCM_Dreamshaper_v7"
@@ -494,17 +495,7 @@ def _on_step(
 @contextlib.contextmanager
 def _progress(what: str, quiet: bool, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr where that is a terminal, told (done, total, what)."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        desc=what,
-        unit=unit,
-        unit_scale=unit == "B",
-        file=sys.stderr,
-        disable=quiet or not sys.stderr.isatty(),
-        leave=False,
-        colour=None,
-    )
+    bar = _bar(what, quiet, unit)
 
     def report(done: int, total: int, name: str) -> None:
         bar.total = total
@@ -513,6 +504,41 @@ def _progress(what: str, quiet: bool, unit: str) -> Iterator[Callable[[int, int,
 
     with bar:
         yield report
+
+
+def _bar(what: str, quiet: bool, unit: str, **options: Any) -> Any:
+    """tqdm's bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        disable=quiet or not sys.stderr.isatty(),
+        leave=False,
+        colour=None,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def _training_progress(quiet: bool) -> Iterator[tuple[Callable, Callable]]:
+    """Two bars, one after the other: told (done, total, what) of pictures, and (report, total, images/s) of steps."""
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(_progress("reading", quiet, unit="picture"))
+        bar: Any = None
+
+        def on_step(step: Any, total: int, speed: float) -> None:
+            nonlocal bar
+            with contextlib.suppress(OSError):  # training goes on where the terminal is gone
+                if bar is None:
+                    stack.close()
+                    bar = stack.enter_context(_bar("training", quiet, "step", total=total, initial=step.step - 1))
+                bar.set_postfix_str(f"loss {step.loss:.4g}, {speed:.3g} images/s", refresh=False)
+                bar.update()
+
+        yield reading, on_step
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -648,25 +674,28 @@ def train(method: str, output: Path, as_json: bool, quiet: bool, **options: Any)
     mlx-cm train ict --data pictures/ --config digits-ict -o run
     mlx-cm train ict -o run --resume
 
-    Ctrl-C finishes the step under way and writes a checkpoint.
+    \b
+    mlx.launch -n 2 --backend ring mlx-cm train ict --data pictures/ --config digits-ict -o run
+
+    Ctrl-C finishes the step under way and writes a checkpoint; a second one stops at once. The same goes for a
+    terminal that is closed. Whatever happened, --resume goes on from the newest checkpoint as if it had not.
     """
     from mlx_cm.training.run import train as run_training
+    from mlx_cm.training.run_folder import resume_command
 
-    def on_step(step: Any, total: int, speed: float) -> None:
-        report(step.step, total, f"loss {step.loss:.4g}, {speed:.3g} images/s")
-
-    with _progress("training", quiet, unit="step") as report:
-        result = run_training(method, output, progress=report, on_step=on_step, **options)
-    if result.skipped and not quiet:
-        click.echo(f"note: {len(result.skipped)} pictures could not be used", err=True)
-    if result.stopped_by is not None:
-        where = f"at step {result.step}, a checkpoint is written"
-        code = INTERRUPTED if result.stopped_by == signal.SIGINT else TERMINATED
-        _fail("interrupted", where, f"mlx-cm train {method} -o {output} --resume", code)
-    if as_json:
-        click.echo(json.dumps({"run": str(result.folder), "model": str(result.model), "step": result.step}))
-    elif result.model is not None:  # None on all processes but the first
-        click.echo(result.model)
+    with _training_progress(quiet) as (reading, on_step):
+        result = run_training(method, output, progress=reading, on_step=on_step, **options)
+    if result.is_first:
+        if result.skipped and not quiet:
+            click.echo(f"note: {len(result.skipped)} pictures could not be used", err=True)
+        if as_json:
+            model = None if result.model is None else str(result.model)
+            click.echo(json.dumps({"run": str(result.folder), "model": model, "step": result.step}))
+        elif result.model is not None:
+            click.echo(result.model)
+    if result.stopped_by:
+        where = f"at step {result.step}, of which there is a checkpoint"
+        _fail("interrupted", where, resume_command(output, method), SIGNALLED + result.stopped_by)
 
 
 @cli.group()

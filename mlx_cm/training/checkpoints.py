@@ -23,6 +23,7 @@ from mlx_cm.storage import (
     check_safetensors,
     read_json,
     sha256_file,
+    sibling_file,
     write_json,
     write_safetensors,
 )
@@ -42,23 +43,37 @@ class Checkpoint:
     arrays: Mapping[str, Mapping[str, mx.array]]  # "student", "target", "ema_0.999", "m", "v" => name => array
     state: Mapping[str, Any]  # JSON's types
 
+    def is_finite(self) -> bool:
+        """Whether all of its numbers are."""
+        finite = [mx.isfinite(array).all() for arrays in self.arrays.values() for array in arrays.values()]
+        return mx.stack(finite).all().item()
+
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep`.
+    """Writes a checkpoint, then removes all but the newest `keep`, and those of later steps.
+
+    A run that is at this step has found the later ones damaged.
 
     Raises:
         DiskError: there is no space; the older checkpoints are untouched.
     """
-    folder = root / f"step_{checkpoint.step:08}"
+    folder = root / checkpoint_name(checkpoint.step)
     with atomic_folder(folder, overwrite=True) as partial:
         files = {
             f"{group}.safetensors": write_safetensors(partial / f"{group}.safetensors", _sources(arrays), METADATA)
             for group, arrays in checkpoint.arrays.items()
         }
         write_json(partial / STATE, {"step": checkpoint.step, "files": files, "state": dict(checkpoint.state)})
-    for old in checkpoint_folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    there = checkpoint_folders(root)
+    kept = there[there.index(folder) :][:keep]
+    for other in set(there) - set(kept):
+        shutil.rmtree(other, ignore_errors=True)
     return folder
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step_{step:08}"
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -79,29 +94,31 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
         try:
             return load_checkpoint(folder)
         except ModelError as error:
-            log.warning("%s is damaged (%s: %s); going on from the one before", folder.name, error.what, error.why)
+            log.warning("%s is damaged: %s; it is passed over", folder, error)
     if folders:
         raise ModelError(str(root), "holds no checkpoint that is whole", "start again in another folder")
     return None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Reads one checkpoint.
+    """Reads one checkpoint, wholly: its files may be removed afterwards.
 
     Raises:
         ModelError: missing, truncated or changed files.
     """
-    said = read_json(folder / STATE)
-    step, files, state = said.get("step"), said.get("files"), said.get("state")
-    if not isinstance(step, int) or not isinstance(files, dict) or not isinstance(state, dict):
-        raise ModelError(str(folder / STATE), "is malformed")
+    match read_json(folder / STATE):
+        case {"step": int(step), "files": {**files}, "state": {**state}} if folder.name == checkpoint_name(step):
+            pass
+        case _:
+            raise ModelError(str(folder / STATE), "is malformed")
     arrays = {}
     for name, digest in files.items():
-        path = folder / Path(name).name
+        path = sibling_file(folder, name)
         check_safetensors(path)
         if sha256_file(path) != digest:
             raise ModelError(str(path), "is not what was written")
         arrays[path.stem] = mx.load(str(path))
+    mx.eval(arrays)
     return Checkpoint(step, arrays, state)
 
 

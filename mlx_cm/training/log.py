@@ -2,13 +2,17 @@
 
 import csv
 import io
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_cm.storage import atomic_file, disk_errors
 from mlx_cm.training.loop import StepReport
+
+log = logging.getLogger("mlx_cm")
 
 STEP, SPEED = "step", "images_per_second"
 
@@ -27,7 +31,7 @@ class TrainingLog:
         self.window: dict[str, list[float]] = {name: list(values) for name, values in window.items()}
         self._step = step
         self._latest: dict[str, Any] = {}
-        rows = [row for row in read_log(path) if row[STEP] <= step]
+        rows = [row for row in _read_rows(path) if int(row[STEP]) <= step]
         self._columns = list(rows[0]) if rows else []
         self._write(rows)
 
@@ -46,13 +50,18 @@ class TrainingLog:
         means = {name: sum(values) / len(values) if values else math.nan for name, values in self.window.items()}
         row = {STEP: self._step, **means, **self._latest}
         self.window = {}
-        if not self._columns:
-            self._columns = list(row)
-            self._write([])
+        if set(row) - set(self._columns):  # the first row, or settings that were changed when the run was resumed
+            self._columns = list(dict.fromkeys([*self._columns, *row]))
+            self._write(_read_rows(self.path))
         with disk_errors(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+            csv.DictWriter(file, self._columns).writerow(row)
 
-    def _write(self, rows: list[dict[str, float]]) -> None:
+    def flush(self) -> None:
+        """Makes sure that the rows are on the disk, as the checkpoint that is about to be written will be."""
+        with disk_errors(self.path), self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO()
         if self._columns:
             writer = csv.DictWriter(text, self._columns)
@@ -63,15 +72,26 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; a last one that was cut off is left out."""
+    """The rows of a log as numbers, NaN where a row has none; damaged rows are left out."""
+    rows = ({name: float(value or "nan") for name, value in row.items()} for row in _read_rows(path))
+    return [row | {STEP: int(row[STEP])} for row in rows]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a log as they are written; what is cut off or damaged is left out, with a warning."""
     if not path.is_file():
         return []
-    rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                numbers = {name: float(value) for name, value in row.items()}
-            except (TypeError, ValueError):
-                continue
-            rows.append(numbers | {STEP: int(numbers[STEP])})
-    return rows
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    rows = list(csv.DictReader(lines))
+    whole = [row for row in rows if _is_whole(row)]
+    if len(whole) < len(rows):
+        log.warning("%s: damaged rows are left out: %d", path, len(rows) - len(whole))
+    return whole
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    try:
+        numbers = [float(value or "nan") for value in row.values() if value is not None]
+        return len(numbers) == len(row) and int(row[STEP]) >= 0
+    except (KeyError, TypeError, ValueError):
+        return False

@@ -20,12 +20,14 @@ from mlx_cm.model_folder import DTYPES
 from mlx_cm.training.checkpoints import Checkpoint
 from mlx_cm.training.objectives import Batch, Objective
 from mlx_cm.training.optimizers import OPTIMIZERS, learning_rate_factor
+from mlx_cm.training.processes import arrays_of_first, first_one_says
 from mlx_cm.training.settings import TrainSettings
 from mlx_cm.training.weights import Parameters, Weighted, master_parameters
 
 MOMENTS = ("m", "v")  # what the optimisers keep of each parameter
 # float16 holds nothing below 6e-8: losses are scaled up before gradients are taken, by half as much after an overflow.
-FIRST_LOSS_SCALE = 2.0**15
+# What overflows without being scaled up would do so with less as well.
+FIRST_LOSS_SCALE, LEAST_LOSS_SCALE = 2.0**15, 1.0
 LOSS_SCALE_GROWS_AFTER = 2000  # steps without an overflow
 
 
@@ -45,7 +47,7 @@ class StepReport:
     metrics: dict[str, float]
     gradient_norm: float
     learning_rate: float
-    skipped: bool  # whether the gradients overflowed in float16 and nothing was changed
+    skipped: bool = False  # whether the gradients overflowed in float16, so that nothing was changed
 
     @property
     def is_finite(self) -> bool:
@@ -61,7 +63,7 @@ class Trainer:
         objective: what for.
         batches: what from.
         settings: how.
-        group: the processes that share each batch; None for one alone.
+        group: the processes that share each batch; None: those that MLX knows of, one where nothing else was launched.
 
     Raises:
         UsageError: a batch that the parts and processes cannot share equally.
@@ -76,8 +78,8 @@ class Trainer:
         group: mx.distributed.Group | None = None,
     ):
         self.modules, self.objective, self.batches, self.settings = dict(modules), objective, batches, settings
-        self.group = group if group is not None and group.size() > 1 else None
-        processes = self.group.size() if self.group else 1
+        self.group = group or mx.distributed.init()
+        processes = self.group.size()
         parts = settings.accumulate * processes
         if settings.batch_size % parts:
             raise UsageError(
@@ -86,7 +88,7 @@ class Trainer:
             )
         self.rows = settings.batch_size // parts  # of one part on one process
         self.streams = _streams(settings.parallel, self.rows)
-        self.first_row = (self.group.rank() if self.group else 0) * settings.accumulate * self.rows
+        self.first_row = self.group.rank() * settings.accumulate * self.rows
         self.dtype = DTYPES[settings.dtype]
 
         self.step = 0
@@ -106,7 +108,11 @@ class Trainer:
     # --- a step
 
     def advance(self) -> StepReport:
-        """Makes one step."""
+        """Makes one step.
+
+        Raises:
+            ModelError: a picture cannot be read any more; the state is still that of the step before.
+        """
         settings, step = self.settings, self.step
         gradients, loss, metrics = self._summed_gradients(step)
         rate = settings.learning_rate * learning_rate_factor(step, settings.steps, settings.warmup, settings.decay)
@@ -121,13 +127,16 @@ class Trainer:
         }
         numbers = [mx.array(value, dtype=mx.float32) for value in (rate, target_rate, 1 / self.loss_scale)]
         state, norm = self._update(state, gradients, *numbers, mx.array(average_rates, dtype=mx.float32))
-        # Nothing else holds the old arrays now, so the new ones can take their memory.
         self.student, self.target, self.optimizer.state = state["student"], state["target"], state["optimizer"]
         self.averages = dict(zip(self.averages, state["averages"], strict=True))
+        del gradients
+        self.bind(self.student)  # nothing holds the old arrays now, so the new ones can take their memory
         mx.eval(state, norm, loss, metrics)
 
-        skipped = self.dtype == mx.float16 and not math.isfinite(norm.item())
-        self._adapt_loss_scale(skipped)
+        overflowed = self.dtype == mx.float16 and not math.isfinite(norm.item())
+        skipped = overflowed and self.loss_scale > LEAST_LOSS_SCALE
+        if self.dtype == mx.float16:
+            self._adapt_loss_scale(overflowed)
         self.step = step + 1
         return StepReport(
             self.step, loss.item(), {name: value.item() for name, value in metrics.items()}, norm.item(), rate, skipped
@@ -147,8 +156,8 @@ class Trainer:
             total = found if total is None else tree_map(mx.add, total, found)
             if self.settings.accumulate > 1:
                 mx.eval(total)
-        gradients, loss, metrics = tree_map(lambda x: x / self.settings.accumulate, total)
-        return _averaged((gradients, loss, metrics), self.group) if self.group else (gradients, loss, metrics)
+        means = tree_map(lambda x: x / self.settings.accumulate, total)
+        return _averaged(means, self.group) if self.group.size() > 1 else means
 
     def _gradients_at_once(self, batch: Batch) -> tuple[Parameters, mx.array, dict[str, mx.array]]:
         """Mean gradients, loss and metrics of a part of a batch, shared between the streams."""
@@ -203,16 +212,20 @@ class Trainer:
             made = tree_map(lambda new, old: mx.where(mx.isfinite(norm), new, old), made, state)
         return made, norm
 
-    def _adapt_loss_scale(self, skipped: bool) -> None:
-        if self.dtype != mx.float16:
-            return
-        self.steps_without_overflow = 0 if skipped else self.steps_without_overflow + 1
-        if skipped:
-            self.loss_scale /= 2
+    def _adapt_loss_scale(self, overflowed: bool) -> None:
+        self.steps_without_overflow = 0 if overflowed else self.steps_without_overflow + 1
+        if overflowed:
+            self.loss_scale = max(self.loss_scale / 2, LEAST_LOSS_SCALE)
         elif self.steps_without_overflow % LOSS_SCALE_GROWS_AFTER == 0:
             self.loss_scale *= 2
 
     # --- what is kept
+
+    def bind(self, parameters: Parameters, dtype: mx.Dtype = mx.float32) -> None:
+        """Gives the modules a set of weights, until the next step."""
+        weighted = Weighted(self.modules, parameters, dtype)
+        for part in self.modules:
+            weighted.part(part)
 
     def exported(self) -> Parameters:
         """The weights that the model and the samples are made of."""
@@ -220,7 +233,7 @@ class Trainer:
         return next(iter(self.averages.values())) if self.settings.export == "ema" else chosen[self.settings.export]
 
     def checkpoint(self, **told: Any) -> Checkpoint:
-        """The state, with what else is to be remembered."""
+        """The state, with what else is to be remembered; JSON's types."""
         groups = {"student": self.student}
         if self.target is not None:
             groups["target"] = self.target
@@ -231,11 +244,9 @@ class Trainer:
                 part: {name: kept[part][name][moment] for name in self.student[part]} for part in self.student
             }
         arrays = {group: _joined(parameters) for group, parameters in groups.items()}
-        own = {
-            "loss_scale": self.loss_scale,
-            "steps_without_overflow": self.steps_without_overflow,
-            "optimizer_steps": kept["step"].item(),
-        }
+        own = {"optimizer_steps": kept["step"].item()}
+        if self.dtype == mx.float16:
+            own |= {"loss_scale": self.loss_scale, "steps_without_overflow": self.steps_without_overflow}
         return Checkpoint(self.step, arrays, own | told)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -248,8 +259,12 @@ class Trainer:
         for group, arrays in wanted.items():
             found = checkpoint.arrays.get(group)
             if found is None or {name: x.shape for name, x in found.items()} != {n: x.shape for n, x in arrays.items()}:
-                raise ModelError(f"checkpoint of step {checkpoint.step}", f"has not the {group} weights of this run")
-        groups = {group: self._split(arrays) for group, arrays in checkpoint.arrays.items()}
+                raise ModelError(
+                    f"checkpoint of step {checkpoint.step}",
+                    f"has not the {group!r} weights that these settings ask for",
+                    "leave the settings of model, lora, ema and target as they were",
+                )
+        groups = {group: self._split(checkpoint.arrays[group]) for group in wanted}
         self.student = groups["student"]
         self.target = groups["target"] if self.target is not None else None
         self.averages = {rate: groups[f"ema_{rate}"] for rate in self.averages}
@@ -260,8 +275,16 @@ class Trainer:
         step = mx.array(checkpoint.state["optimizer_steps"], dtype=mx.uint64)
         self.optimizer.state = moments | {"step": step, "learning_rate": mx.array(0.0)}
         self.step = checkpoint.step
-        self.loss_scale = checkpoint.state["loss_scale"]
-        self.steps_without_overflow = checkpoint.state["steps_without_overflow"]
+        if self.dtype == mx.float16:
+            self.loss_scale = checkpoint.state.get("loss_scale", FIRST_LOSS_SCALE)
+            self.steps_without_overflow = checkpoint.state.get("steps_without_overflow", 0)
+
+    def share(self) -> None:
+        """Gives all processes the state of the first."""
+        own = self.checkpoint()
+        arrays = {group: arrays_of_first(self.group, arrays) for group, arrays in own.arrays.items()}
+        told = first_one_says(self.group, lambda: {"step": own.step, "state": own.state})
+        self.restore(Checkpoint(told["step"], arrays, told["state"]))
 
     def _split(self, arrays: Mapping[str, mx.array]) -> Parameters:
         """The inverse of `_joined`."""

@@ -182,7 +182,7 @@ class Run:
             return
         self.trainer.restore(checkpoint)
         self.saved, self.window = checkpoint.step, checkpoint.state["window"]
-        then = checkpoint.state["circumstances"]
+        then = self.circumstances | checkpoint.state.get("circumstances", {})
         changed = [what for name, what in CIRCUMSTANCES.items() if then[name] != self.circumstances[name]]
         if changed:
             log.warning("the run does not go on exactly as it would have; changed: %s", "; ".join(changed))

@@ -5,6 +5,8 @@ What a run was started with is written back as TOML, every setting spelled out, 
 
 import dataclasses
 import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from mlx_cm.training.data import DataSettings
 from mlx_cm.training.methods import METHODS, Method
 from mlx_cm.training.optimizers import DECAYS, OPTIMIZERS
 
+NEW_PARTS = ("unet", "schedule", "text_encoder", "tokenizer", "vae")  # of the `[model]` section
 RECIPES = "recipes"  # folder of the shipped ones, beside the package in a checkout and inside it in a wheel
 EXPORTS = ("ema", "target", "student")
 
@@ -60,9 +63,9 @@ class TrainSettings:
         for name, least in (
             ("steps", 1), ("batch_size", 1), ("accumulate", 1), ("parallel", 0), ("seed", 0), ("warmup", 0),
             ("log_every", 1), ("sample_every", 0), ("checkpoint_every", 0), ("keep", 1), ("clip", 0),
-            ("weight_decay", 0),
+            ("weight_decay", 0), ("eps", 0),
         ):  # fmt: skip
-            if not getattr(self, name) >= least:
+            if not least <= getattr(self, name) < math.inf:  # false for NaN too
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not 0 < self.learning_rate < 10:  # false for NaN too
             raise ValueError(f"learning_rate: expected above 0, got {self.learning_rate}")
@@ -133,7 +136,7 @@ def read_settings(
     Args:
         method: of METHODS.
         config: a TOML file, or the name of a shipped recipe.
-        overrides: "section.name" => value.
+        overrides: "section.name" => value; None: as by default.
 
     Raises:
         UsageError: an unknown method, section or setting, or a value that is not possible.
@@ -159,16 +162,24 @@ def settings_from_dict(method: str, values: Mapping[str, Any], where: str) -> Se
         UsageError: naming the section and what is wrong.
     """
     classes = SECTIONS | {"objective": METHODS[method].settings}
-    unknown = sorted(set(values) - set(classes) - {"model"})
-    if unknown:
-        raise UsageError(where, f"has a section {unknown[0]!r}, expected {', '.join([*classes, 'model'])}")
+    for name, section in values.items():
+        if name not in (*classes, "model"):
+            raise UsageError(f"{where}: {name}", f"expected a section of {', '.join((*classes, 'model'))}")
+        if not isinstance(section, Mapping):
+            raise UsageError(f"{where}: {name}", f"is a section, but is given as {section!r}")
+    described = dict(values.get("model", {}))
+    if unknown := sorted(set(described) - set(NEW_PARTS)):
+        raise UsageError(f"{where}: [model]", f"does not know {unknown[0]!r}, expected some of {', '.join(NEW_PARTS)}")
     made = {}
     for name, kind in classes.items():
+        section, known = values.get(name, {}), [field.name for field in dataclasses.fields(kind)]
+        if unknown := sorted(set(section) - set(known)):
+            raise UsageError(f"{where}: {name}.{unknown[0]}", f"is unknown, expected one of {', '.join(known)}")
         try:
-            made[name] = config_from_dict(kind, values.get(name, {}), f"{where}: [{name}]")
+            made[name] = config_from_dict(kind, section, f"{where}: [{name}]")
         except ModelError as error:
             raise UsageError(error.what, error.why) from None
-    return Settings(method, **made, model=dict(values.get("model", {})))
+    return Settings(method, **made, model=described)
 
 
 def settings_to_dict(settings: Settings) -> dict[str, Any]:
@@ -177,7 +188,7 @@ def settings_to_dict(settings: Settings) -> dict[str, Any]:
     sections = {
         name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
     }
-    return {"method": settings.method, **sections} | ({"model": settings.model} if settings.model else {})
+    return sections | ({"model": settings.model} if settings.model else {})
 
 
 def find_config(config: str | Path) -> Path:
@@ -215,9 +226,11 @@ def _read_toml(path: Path, method: str) -> dict[str, Any]:
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Changes on top of values, section by section."""
+    """Changes on top of values, section by section; None stands for what is by default."""
     for name, change in changes.items():
-        if isinstance(change, Mapping) and isinstance(values.get(name, {}), dict):
+        if change is None:
+            values.pop(name, None)
+        elif isinstance(change, Mapping) and isinstance(values.get(name, {}), dict):
             _merge(values.setdefault(name, {}), change)
         else:
             values[name] = change
@@ -234,20 +247,29 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested sections as TOML: numbers, truth values, text and lists of them, whose JSON form TOML reads."""
+    """Nested sections as TOML: numbers, truth values, text and lists of them."""
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
-    lines = [f"{_key(key)} = {json.dumps(value)}" for key, value in plain.items() if value is not None]
+    lines = [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
     parts = ["\n".join(lines)] if lines else []
     for key, section in values.items():
         if isinstance(section, Mapping):
-            name = f"{prefix}{_key(key)}"
+            name = f"{prefix}{_toml_key(key)}"
             inner = to_toml(section, f"{name}.")
             parts.append(f"[{name}]\n{inner}" if not inner.startswith("[") else inner)
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # JSON has another word for inf
+    # TOML reads the text of JSON, but for pairs of surrogates and a control character that JSON lets stand as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def changed_settings(before: Settings, after: Settings) -> list[str]:
@@ -261,8 +283,3 @@ def changed_settings(before: Settings, after: Settings) -> list[str]:
         elif one != other:
             names.append(section)
     return names
-
-
-def with_train(settings: Settings, **changes: Any) -> Settings:
-    """The settings with some of `[train]` changed."""
-    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
