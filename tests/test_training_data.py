@@ -563,7 +563,7 @@ def test_shards(tmp_path, format):
         tmp_path / "d" / "1.tar",
         {f"{long}.png": "", f"{long}.txt": "far away", "000002.jpg": encoded(7, "JPEG"), "000002.cls": "3\n"}
         | {f"{long}.cls": b"0", "notes.txt": "?", "000002.json": json.dumps({"caption": "two", "label": 9, "id": 4})}
-        | {"3.png": "", "3.txt": "from the text", "3.json": json.dumps({"caption": "from the JSON", "label": 2})},
+        | {"3.png": "", "3.txt": "from the text", "3.json": json.dumps({"text": "no", "caption": "no", "label": 2})},
         format=format,
     )
     write_tar(tmp_path / "d" / "0.tar", {"x.seg.png": b"", "x.webp": "", "x.json": '{"text": "x", "label": 1}'}, format)
