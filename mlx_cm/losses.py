@@ -140,8 +140,8 @@ def trajectory_loss(
     """
     end = mx.full(s.shape, t_min)
     goal = mx.stop_gradient(target(target(x_u, u, s, **cond), s, end, **cond))
-    distances = distance(target(student(x_t, t, s, **cond), s, end, **cond), goal)
-    return distances.mean(), {"distance": distances.mean()}
+    loss = distance(target(student(x_t, t, s, **cond), s, end, **cond), goal).mean()
+    return loss, {"distance": loss}
 
 
 def teacher_step(
@@ -197,8 +197,8 @@ def latent_consistency_loss(
     f = latent_consistency_function(student, schedule)
     f_target = latent_consistency_function(target, schedule)
     goal = mx.stop_gradient(f_target(x_s, s, **(cond if target_cond is None else target_cond)))
-    distances = distance(f(x_t, t, **cond), goal)
-    return distances.mean(), {"distance": distances.mean()}
+    loss = distance(f(x_t, t, **cond), goal).mean()
+    return loss, {"distance": loss}
 
 
 def autoencoder_loss(
@@ -222,6 +222,6 @@ def autoencoder_loss(
         noise: standard normal, of the latents' shape.
     """
     mean, logvar = moments
-    distances = distance(reconstruct(mean + mx.exp(0.5 * logvar) * noise), x0)
+    difference = distance(reconstruct(mean + mx.exp(0.5 * logvar) * noise), x0).mean()
     divergence = 0.5 * (mx.square(mean) + mx.exp(logvar) - 1 - logvar).mean()
-    return distances.mean() + kl_weight * divergence, {"distance": distances.mean(), "kl": divergence}
+    return difference + kl_weight * divergence, {"distance": difference, "kl": divergence}
