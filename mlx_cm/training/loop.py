@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_cm.backend import on_gpu
@@ -19,7 +18,7 @@ from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.model_folder import DTYPES
 from mlx_cm.training.checkpoints import Checkpoint
 from mlx_cm.training.objectives import Batch, Objective
-from mlx_cm.training.optimizers import OPTIMIZERS, learning_rate_factor
+from mlx_cm.training.optimizers import OPTIMIZERS, clip_gradients, learning_rate_factor
 from mlx_cm.training.processes import arrays_of_first, first_one_says
 from mlx_cm.training.settings import TrainSettings
 from mlx_cm.training.weights import Parameters, Weighted, master_parameters
@@ -198,8 +197,7 @@ class Trainer:
     ) -> tuple[dict[str, Any], mx.array]:
         """The state after an update, and the norm of the gradients."""
         gradients = tree_map(lambda g: g * unscale, gradients)
-        limit = self.settings.clip or math.inf
-        gradients, norm = optim.clip_grad_norm(gradients, limit)
+        gradients, norm = clip_gradients(gradients, self.settings.clip)
         optimizer = self.optimizer
         optimizer.state = state["optimizer"] | {"learning_rate": rate}
         student = optimizer.apply_gradients(gradients, state["student"])

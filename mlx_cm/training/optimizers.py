@@ -1,10 +1,12 @@
-"""Optimisers: MLX's, the one that it lacks, and how the learning rate goes over training."""
+"""Optimisers: MLX's, the one that it lacks, what gradients are clipped to, and the learning rate over training."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 
 
 class RAdam(optim.Adam):
@@ -27,7 +29,7 @@ class RAdam(optim.Adam):
         state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
 
         # 1 - beta^step by expm1: at the first steps the powers are so near 1 that a difference would keep three digits.
-        total1, total2 = (-mx.expm1(step * math.log(beta)) for beta in (beta1, beta2))
+        total1, total2 = (-mx.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in (beta1, beta2))
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * step * (1 - total2) / total2  # of the moving average, in steps
         trusted = mx.maximum(length, 5)
@@ -45,6 +47,34 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     ),
     "radam": RAdam,
 }
+
+
+def clip_gradients(gradients: Any, limit: float) -> tuple[Any, mx.array]:
+    """Scales gradients so that their norm, taken over all of them, is at most a limit.
+
+    Pascanu, Mikolov, Bengio: On the Difficulty of Training Recurrent Neural Networks, arXiv 1211.5063, algorithm 1, in
+    the form of PyTorch's `clip_grad_norm_`.
+
+    Args:
+        gradients: a tree of arrays.
+        limit: 0: they stay as they are.
+
+    Returns:
+        The gradients, and the norm that they had: a scalar.
+    """
+    norm = mx.sqrt(sum(_square_sum(gradient) for _, gradient in tree_flatten(gradients)))
+    if limit == 0:
+        return gradients, norm
+    scale = mx.minimum(limit / (norm + 1e-6), 1)
+    return tree_map(lambda gradient: gradient * scale, gradients), norm
+
+
+def _square_sum(x: mx.array) -> mx.array:
+    """Axis by axis: a CPU's serial float32 sum over the values of a large layer would lose three digits and more."""
+    squares = mx.square(x)
+    while squares.ndim:
+        squares = squares.sum(axis=-1)
+    return squares
 
 
 # How the learning rate goes on after its warm-up: fraction of the rest of training => factor.

@@ -73,6 +73,8 @@ class TrainSettings:
             raise ValueError(f"betas: expected two numbers of at least 0 and below 1, got {list(self.betas)}")
         if not all(0 < rate < 1 for rate in self.ema) or len(set(self.ema)) != len(self.ema):
             raise ValueError(f"ema: expected different rates between 0 and 1, got {list(self.ema)}")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(f"weight_decay {self.weight_decay:g}: adam has none; choose adamw, or 0")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} cannot be split into {self.accumulate} equal parts")
         if self.export == "ema" and not self.ema:
