@@ -40,9 +40,9 @@ from mlx_cm.model_folder import (
     write_schedule,
 )
 from mlx_cm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_cm.models.clip_text import CLIPTextConfig
-from mlx_cm.models.unet2d import UNet2DConfig
-from mlx_cm.models.unet2d_condition import UNet2DConditionConfig
+from mlx_cm.models.clip_text import CLIPTextConfig, CLIPTextModel
+from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
+from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mlx_cm.pipelines.latent import SAMPLERS, LatentConsistencyPipeline, LatentSettings
 from mlx_cm.pipelines.pixel import PARAMETERIZATIONS, ConsistencyModelPipeline, PixelSettings
 from mlx_cm.quantization import quantization_of
@@ -59,7 +59,13 @@ Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
 GUIDANCE_WIDTH = 256  # of a new guidance embedding, as in the published models
 # Layers that begin at zero in a new network, so that its blocks begin as identities: OpenAI's `zero_module`.
-ZEROED = ("conv2", "conv_out", "to_out.0", "proj_out", "ff.net.2", "out_proj", "fc2")
+ZEROED = {
+    UNet2D: ("conv2", "to_out.0", "conv_out"),
+    UNet2DCondition: ("conv2", "proj_out", "conv_out"),
+    CLIPTextModel: ("out_proj", "fc2"),
+    AutoencoderKL: ("conv2", "to_out.0"),
+}
+FIRST_LOGVAR = -6.0  # of a new autoencoder's posterior: with a variance of 1 its decoder would see little but noise
 TEXT_WIDTH_SCALE = 0.02  # standard deviation of new token embeddings
 
 CONFIG = "config.json"
@@ -361,11 +367,16 @@ def new_network(config: Any) -> nn.Module:
         ModelError: no array can have these sizes.
     """
     model = new_model(config, class_of(config))
+    zeroed = tuple(f".{name}" for name in ZEROED[type(model)])
     for path, module in model.named_modules():
-        if f".{path}".endswith(tuple(f".{name}" for name in ZEROED)) and "weight" in module:
+        if f".{path}".endswith(zeroed) and "weight" in module:
             module.weight = mx.zeros_like(module.weight)
         if isinstance(module, nn.Embedding):
             module.weight = TEXT_WIDTH_SCALE * mx.random.normal(module.weight.shape)
+    if isinstance(model, AutoencoderKL):
+        last = model.quant_conv if "quant_conv" in model else model.encoder.conv_out
+        is_logvar = mx.arange(2 * config.latent_channels) >= config.latent_channels
+        last.bias = mx.where(is_logvar, FIRST_LOGVAR, last.bias)
     mx.eval(model.parameters())
     return model
 
