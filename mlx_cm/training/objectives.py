@@ -189,6 +189,7 @@ class EdmTeacher:
 
 
 EASY = "easy"  # the curriculum without a grid
+CLOSEST = 2**16  # of that curriculum: a pair's level over the distance of its levels
 SOLVERS: dict[str, Callable[..., Jump]] = {"heun": heun_jump, "euler": euler_jump}
 
 
@@ -227,6 +228,11 @@ class ConsistencySettings:
         _check_std(self.std)
         if self.stages < 1 or not self.q > 1:
             raise ValueError(f"expected stages >= 1 and q > 1, got {self.stages} and {self.q}")
+        if self.curriculum == EASY and self.q**self.stages > CLOSEST:
+            raise ValueError(
+                f"expected q^stages <= {CLOSEST}, got {self.q:g}^{self.stages}: float32 would not tell the levels of a "
+                "pair apart"
+            )
 
 
 @dataclass(frozen=True)
