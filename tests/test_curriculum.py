@@ -48,7 +48,7 @@ def test_progressive_is_the_released_code(start, end, rate):
 
 
 def test_progressive_scales_for_cifar():
-    """[CM] table 4: s0 = 2, s1 = 150; N from 2 to 151, mu from 0.81 to nearly 1."""
+    """[CM] appendix C: s0 = 2, s1 = 150; N from 2 to 151, mu from 0.81 to nearly 1."""
     total = 800_000
     assert progressive_scales(0, total, 2, 150) == 2
     assert progressive_scales(total - 1, total, 2, 150) == 151

@@ -31,12 +31,12 @@ _SEED_OPTIMIZER = {"optimizer": "radam", "clip": 0.0, "ema": [0.9999, 0.999]}  #
 METHODS = {
     "teacher": Method(None, TeacherSettings, defaults={"samples": {"steps": [20]}}),
     "autoencoder": Method(AUTOENCODER, AutoencoderSettings, defaults={"train": {"learning_rate": 5e-4}}),
-    # [CM] table 4: N = 40, mu = 0.95, Heun, RAdam.
+    # [CM] appendix C: N = 40, mu = 0.95, Heun, RAdam.
     "cd": Method(
         PIXEL, ConsistencySettings, needs_model="a diffusion teacher", distils=True,
         defaults={"train": _SEED_OPTIMIZER | {"learning_rate": 8e-6}},
     ),
-    # [CM] table 4, CIFAR-10: N from 2 to 150, mu from 0.9.
+    # [CM] appendix C, CIFAR-10: N from 2 to 150, mu from 0.9.
     "ct": Method(
         PIXEL, ConsistencySettings,
         defaults={
@@ -55,7 +55,7 @@ METHODS = {
             },
         },
     ),
-    # [CTM] table 3, CIFAR-10.
+    # [CTM] appendix D, and its released code for CIFAR-10.
     "ctm": Method(
         PIXEL, TrajectorySettings, defaults={"train": _SEED_OPTIMIZER | {"learning_rate": 4e-4}},
     ),

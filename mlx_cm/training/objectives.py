@@ -8,6 +8,7 @@ Draws are functions of (seed, step), so that neither accumulation, nor several p
 them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -189,7 +190,7 @@ class EdmTeacher:
 
 
 EASY = "easy"  # the curriculum without a grid
-CLOSEST = 2**16  # of that curriculum: a pair's level over the distance of its levels
+CLOSEST = 16  # of that curriculum, in powers of two: a level over its distance from the other of its pair
 SOLVERS: dict[str, Callable[..., Jump]] = {"heun": heun_jump, "euler": euler_jump}
 
 
@@ -228,10 +229,10 @@ class ConsistencySettings:
         _check_std(self.std)
         if self.stages < 1 or not self.q > 1:
             raise ValueError(f"expected stages >= 1 and q > 1, got {self.stages} and {self.q}")
-        if self.curriculum == EASY and self.q**self.stages > CLOSEST:
+        if self.curriculum == EASY and self.stages * math.log2(self.q) > CLOSEST:
             raise ValueError(
-                f"expected q^stages <= {CLOSEST}, got {self.q:g}^{self.stages}: float32 would not tell the levels of a "
-                "pair apart"
+                f"expected q^stages of at most 2^{CLOSEST}, got {self.q:g}^{self.stages}: float32 would not tell the "
+                "levels of a pair apart"
             )
 
 
