@@ -94,6 +94,8 @@ def make_distance(name: str, c: float | None, lpips: nn.Module | None) -> Distan
     """
     if name not in METRICS:
         raise UsageError(f"distance {name!r}", f"expected one of {', '.join(METRICS)}")
+    if c is not None and name not in ("pseudo_huber", "mean_pseudo_huber"):
+        raise UsageError(f"distance_c {c:g}", f"the distance {name} has no c")
     if name == "lpips":
         if lpips is None:
             raise UsageError(
