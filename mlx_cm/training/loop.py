@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_cm.backend import on_gpu
 from mlx_cm.errors import ModelError, UsageError
@@ -19,7 +19,7 @@ from mlx_cm.model_folder import DTYPES
 from mlx_cm.training.checkpoints import Checkpoint
 from mlx_cm.training.objectives import Batch, Objective
 from mlx_cm.training.optimizers import OPTIMIZERS, clip_gradients, learning_rate_factor
-from mlx_cm.training.processes import arrays_of_first, first_one_says
+from mlx_cm.training.processes import arrays_of_first, first_one_says, mean_over_processes
 from mlx_cm.training.settings import TrainSettings
 from mlx_cm.training.weights import Parameters, Weighted, master_parameters
 
@@ -155,8 +155,7 @@ class Trainer:
             total = found if total is None else tree_map(mx.add, total, found)
             if self.settings.accumulate > 1:
                 mx.eval(total)
-        means = tree_map(lambda x: x / self.settings.accumulate, total)
-        return _averaged(means, self.group) if self.group.size() > 1 else means
+        return mean_over_processes(self.group, tree_map(lambda x: x / self.settings.accumulate, total))
 
     def _gradients_at_once(self, batch: Batch) -> tuple[Parameters, mx.array, dict[str, mx.array]]:
         """Mean gradients, loss and metrics of a part of a batch, shared between the streams."""
@@ -303,12 +302,6 @@ def _streams(wanted: int, rows: int) -> list[mx.Stream]:
 def _joined(parameters: Parameters) -> dict[str, mx.array]:
     """All parts in one: "unet.conv_in.weight" => array."""
     return {f"{part}.{name}": value for part, values in parameters.items() for name, value in values.items()}
-
-
-def _averaged(tree: Any, group: mx.distributed.Group) -> Any:
-    """The mean over processes of every array of a tree."""
-    means = iter(nn.average_gradients([leaf for _, leaf in tree_flatten(tree)], group))
-    return tree_map(lambda _: next(means), tree)
 
 
 def _towards(average: Parameters, current: Parameters, rate: mx.array) -> Parameters:

@@ -10,12 +10,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_cm import errors
 from mlx_cm.errors import MlxCmError, NetworkError
 
 CONNECTION_ERROR = re.compile(r"\[(ring|jaccl|nccl|mpi)\]")  # how MLX's messages of its back ends begin
+
+
+def launched_processes() -> mx.distributed.Group:
+    """The processes that `mlx.launch` has started together; one alone where nothing did.
+
+    Raises:
+        NetworkError: the others cannot be reached.
+    """
+    try:
+        return mx.distributed.init()
+    except RuntimeError as error:
+        raise NetworkError("the processes of this run", f"cannot reach each other ({error})") from error
 
 
 def first_one_says(group: mx.distributed.Group, make: Callable[[], Any]) -> Any:
@@ -60,8 +74,20 @@ def arrays_of_first(group: mx.distributed.Group, arrays: Mapping[str, mx.array])
     """
     if group.size() == 1:
         return dict(arrays)
-    bits = {name: _from_first(group, array.view(mx.uint32)) for name, array in arrays.items()}
-    return {name: value.view(mx.float32) for name, value in bits.items()}
+    shared = _of_first(group, [array.view(mx.uint32) for array in arrays.values()])
+    return {name: array.view(mx.float32) for name, array in zip(arrays, shared, strict=True)}
+
+
+def mean_over_processes(group: mx.distributed.Group, tree: Any) -> Any:
+    """The mean of every array of a tree, which has the same shapes on every process."""
+    if group.size() == 1:
+        return tree
+    leaves = [leaf for _, leaf in tree_flatten(tree)]
+    mx.eval(leaves)  # see `_of_first`
+    means = nn.average_gradients(leaves, group)
+    mx.eval(means)
+    left = iter(means)
+    return tree_map(lambda _: next(left), tree)
 
 
 def any_of(group: mx.distributed.Group, number: int) -> int:
@@ -91,11 +117,20 @@ def lost_connections(group: mx.distributed.Group) -> Iterator[None]:
 
 
 def _bytes_of_first(group: mx.distributed.Group, content: bytes) -> bytes:
-    size = _from_first(group, mx.array([len(content)], dtype=mx.uint32)).item()
-    own = np.frombuffer(content if group.rank() == 0 else bytes(size), dtype=np.uint8)
-    return np.array(_from_first(group, mx.array(own))).tobytes()
+    (size,) = _of_first(group, [mx.array(len(content), dtype=mx.uint32)])
+    own = np.frombuffer(content if group.rank() == 0 else bytes(size.item()), dtype=np.uint8)
+    (shared,) = _of_first(group, [mx.array(own)])
+    return np.array(shared).tobytes()
 
 
-def _from_first(group: mx.distributed.Group, array: mx.array) -> mx.array:
-    """A sum with zeros: back ends agree on sums, and whole numbers keep all their bits."""
-    return mx.distributed.all_sum(array if group.rank() == 0 else mx.zeros_like(array), group=group)
+def _of_first(group: mx.distributed.Group, arrays: list[mx.array]) -> list[mx.array]:
+    """Whole numbers of the first process as sums with zeros, which every back end knows and which keep all bits.
+
+    Processes have to compute their sums in the same order. MLX orders operations by what they depend on, so here they
+    depend on nothing that is still to be computed.
+    """
+    own = arrays if group.rank() == 0 else [mx.zeros_like(array) for array in arrays]
+    mx.eval(own)
+    sums = [mx.distributed.all_sum(array, group=group) for array in own]
+    mx.eval(sums)
+    return sums

@@ -23,7 +23,7 @@ from mlx_cm.training.loop import StepReport, Trainer
 from mlx_cm.training.methods import AUTOENCODER
 from mlx_cm.training.models import Trainee, build_trainee, measure_scaling, write_adapter, write_model
 from mlx_cm.training.previews import preview_sheets
-from mlx_cm.training.processes import any_of, first_one_first, first_one_says, lost_connections
+from mlx_cm.training.processes import any_of, first_one_first, first_one_says, launched_processes, lost_connections
 from mlx_cm.training.recomputation import recompute_blocks
 from mlx_cm.training.run_folder import (
     CHECKPOINTS,
@@ -105,7 +105,7 @@ def train(
         OutputError: the numbers are not finite any more; names the newest checkpoint.
     """
     folder = Path(output).expanduser()
-    group = mx.distributed.init()
+    group = launched_processes()
     is_first = group.rank() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(lost_connections(group))
