@@ -906,7 +906,7 @@ def test_the_next_step_is_prepared_while_this_one_is_computed(shapes, monkeypatc
 
     monkeypatch.setattr(data_module.PictureData, "read", noted)
     batches.load(0)
-    assert read.wait(10)
+    assert read.wait(30)
 
 
 def test_a_picture_that_breaks_meanwhile_is_an_error_of_the_step_that_needs_it(shapes):
@@ -974,11 +974,9 @@ def test_a_program_ends_while_threads_are_at_work(tmp_path, how):
     command = [sys.executable, "-c", LOADING, str(root), how]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "loaded\n"
-        begin = time.monotonic()
         if how == "wait":
             process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert time.monotonic() - begin < 10
+        _, said = process.communicate(timeout=45)  # less than the program would sleep
     if how == "wait":
         assert said.rstrip().endswith("KeyboardInterrupt")
         assert said.count("Traceback") == 1

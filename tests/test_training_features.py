@@ -310,6 +310,22 @@ def test_only_what_is_new_is_encoded(data):
     assert equal(rows, fresh)
 
 
+def test_another_size_has_other_features(data):
+    assert make(data, Encoder(), SQUARE).load(0)["mean"].shape == (4, 4, 4, 3)
+    for size, shape in ((8, (4, 2, 2, 3)), ((8, 32), (4, 2, 8, 3)), ((32, 8), (4, 8, 2, 3)), (16, (4, 4, 4, 3))):
+        assert make(data, Encoder(), DataSettings(size)).load(0)["mean"].shape == shape
+
+
+def test_pictures_are_told_apart_by_their_shape(tmp_path):
+    """One colour is the same bytes, however wide."""
+    (tmp_path / "d").mkdir()
+    for name, size in (("a", (32, 16)), ("b", (16, 32))):
+        Image.new("RGB", size, "red").save(tmp_path / "d" / f"{name}.png")
+    data, settings = open_data(tmp_path / "d"), DataSettings(24, buckets=True, bucket_step=8)
+    batches = make(data, Encoder(), settings, rows=1)
+    assert {tuple(batches.load(step)["mean"].shape) for step in range(2)} == {(1, 8, 4, 3), (1, 4, 8, 3)}
+
+
 def test_the_same_picture_elsewhere_is_known_by_its_pixels(data, tmp_path):
     make(data, Encoder())
     other = tmp_path / "other"

@@ -213,7 +213,6 @@ def _encode_variants(
                 report(entry.name)
             else:
                 missing.append((index, variant))
-    missing.sort(key=lambda place: targets[place[0]])  # pictures of one size can be encoded together
 
     def prepared(place: tuple[int, int]) -> Item:
         index, variant = place
