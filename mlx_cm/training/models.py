@@ -369,8 +369,8 @@ def new_network(config: Any) -> nn.Module:
     model = new_model(config, class_of(config))
     zeroed = tuple(f".{name}" for name in ZEROED[type(model)])
     for path, module in model.named_modules():
-        if f".{path}".endswith(zeroed) and "weight" in module:
-            module.weight = mx.zeros_like(module.weight)
+        if f".{path}".endswith(zeroed):
+            module.update(tree_map(mx.zeros_like, module.parameters()))
         if isinstance(module, nn.Embedding):
             module.weight = TEXT_WIDTH_SCALE * mx.random.normal(module.weight.shape)
     if isinstance(model, AutoencoderKL):
