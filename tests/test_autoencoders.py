@@ -1,6 +1,7 @@
 """The autoencoders against diffusers, every parameter random; their configs as published."""
 
 import dataclasses
+import math
 
 import diffusers
 import mlx.core as mx
@@ -273,3 +274,17 @@ def test_every_parameter_has_a_gradient(kind):
         assert mx.isfinite(gradient).all(), name
         # A key bias moves all of a query's scores alike.
         assert name.endswith("to_k.bias") or mx.abs(gradient).max().item() > 0, name
+
+
+def test_moments_of_scaled_latents():
+    """A draw from them is the scaled draw, and a small deviation keeps its digits."""
+    config = AutoencoderKLConfig(
+        block_out_channels=(8,), norm_num_groups=4, latents_mean=(3.0, -2.0, 0.5, 0.1), latents_std=(0.5, 2.0, 1.0, 4.0)
+    )
+    model = AutoencoderKL(config)
+    mean, noise = (mx.random.normal((2, 3, 5, 4), key=mx.random.key(seed)) for seed in range(2))
+    logvar = mx.full(mean.shape, -20.0)
+    scaled_mean, scaled_std = model.scaled_moments((mean, logvar))
+    assert mx.allclose(scaled_mean + scaled_std * noise, model.scaled((mean, logvar), noise), atol=1e-6)
+    expected = math.exp(-10) * config.scaling_factor / np.array(config.latents_std)
+    np.testing.assert_allclose(np.array(scaled_std)[0, 0, 0], expected, rtol=1e-6)

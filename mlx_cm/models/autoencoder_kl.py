@@ -256,6 +256,11 @@ class AutoencoderKL(nn.Module):
         mean, logvar = moments
         return self.to_scaled(mean if noise is None else sample_posterior(mean, logvar, noise))
 
+    def scaled_moments(self, moments: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+        """Mean and standard deviation of the scaled latents of what `encode` returns."""
+        mean, logvar = moments
+        return self.to_scaled(mean), mx.exp(0.5 * logvar) * self._statistics()[1]
+
     def decode_scaled(self, z: mx.array) -> mx.array:
         """Images of scaled latents: (B, h, w, latent_channels) => (B, 8h, 8w, out_channels), float32."""
         return self.decode(self.to_raw(z))

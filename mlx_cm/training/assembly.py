@@ -113,11 +113,9 @@ def _own_size(trainee: Trainee) -> tuple[int, int | Size]:
 def _posterior(autoencoder: nn.Module, pixels: mx.array) -> tuple[mx.array, mx.array | None]:
     """Mean and standard deviation of scaled latents; a tiny autoencoder has no deviation."""
     encoded = autoencoder.encode(pixels)
-    if not isinstance(encoded, tuple):
-        return autoencoder.scaled(encoded), None
-    mean, logvar = encoded
-    scaled = autoencoder.to_scaled(mean)
-    return scaled, autoencoder.to_scaled(mean + mx.exp(0.5 * logvar)) - scaled
+    if isinstance(encoded, tuple):
+        return autoencoder.scaled_moments(encoded)
+    return autoencoder.scaled(encoded), None
 
 
 def _identity(trainee: Trainee, folders: Sequence[str], *modules: nn.Module) -> str:
