@@ -118,15 +118,13 @@ class Trainer:
         target_rate = self.objective.target_rate(step) if self.target is not None else 0.0
         # An average that weighed the first weights from the start would take 1 / (1 - rate) steps to forget them.
         average_rates = [min(rate_, (1 + step) / (10 + step)) for rate_ in settings.ema]
-        state = {
-            "student": self.student,
-            "target": self.target,
-            "averages": list(self.averages.values()),
-            "optimizer": self.optimizer.state,
-        }
+        averages = list(self.averages.values())
+        state = {"student": self.student, "averages": averages, "optimizer": self.optimizer.state}
+        if self.target is not None:
+            state["target"] = self.target
         numbers = [mx.array(value, dtype=mx.float32) for value in (rate, target_rate, 1 / self.loss_scale)]
         state, norm = self._update(state, gradients, *numbers, mx.array(average_rates, dtype=mx.float32))
-        self.student, self.target, self.optimizer.state = state["student"], state["target"], state["optimizer"]
+        self.student, self.target, self.optimizer.state = state["student"], state.get("target"), state["optimizer"]
         self.averages = dict(zip(self.averages, state["averages"], strict=True))
         del gradients
         self.bind(self.student)  # nothing holds the old arrays now, so the new ones can take their memory
@@ -198,13 +196,13 @@ class Trainer:
         gradients = tree_map(lambda g: g * unscale, gradients)
         gradients, norm = clip_gradients(gradients, self.settings.clip)
         optimizer = self.optimizer
-        optimizer.state = state["optimizer"] | {"learning_rate": rate}
+        kept = tree_map(lambda array: array, state["optimizer"])  # its own dicts, which the optimiser writes into
+        optimizer.state = kept | {"learning_rate": rate}
         student = optimizer.apply_gradients(gradients, state["student"])
-        target = None
-        if state["target"] is not None:
-            target = _towards(state["target"], student, target_rate)
         averages = [_towards(average, student, average_rates[i]) for i, average in enumerate(state["averages"])]
-        made = {"student": student, "target": target, "averages": averages, "optimizer": optimizer.state}
+        made = {"student": student, "averages": averages, "optimizer": optimizer.state}
+        if "target" in state:
+            made["target"] = _towards(state["target"], student, target_rate)
         if self.dtype == mx.float16:  # overflowing gradients change nothing
             made = tree_map(lambda new, old: mx.where(mx.isfinite(norm), new, old), made, state)
         return made, norm
