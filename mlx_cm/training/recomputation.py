@@ -4,9 +4,11 @@ Chen et al.: Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174.
 """
 
 import functools
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from mlx_cm.models.layers import ResnetBlock2D, SelfAttention2D
 from mlx_cm.models.unet2d_condition import BasicTransformerBlock
@@ -37,10 +39,16 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
         def compute(parameters: dict, *arguments, **settings) -> mx.array:
             self.update(parameters)
             try:
-                return kind.__call__(self, *arguments, **settings)
+                return kind.__call__(self, *tree_map(_constant_keys, arguments), **tree_map(_constant_keys, settings))
             finally:
                 self.update(held)  # what is traced here means nothing outside
 
         return mx.checkpoint(compute)(held, *arguments, **settings)
 
     return type(f"Recomputed{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _constant_keys(x: Any) -> Any:
+    """Keys of dropout are integers, of which no gradient is asked; random bits have none."""
+    is_key = isinstance(x, mx.array) and mx.issubdtype(x.dtype, mx.integer)
+    return mx.stop_gradient(x) if is_key else x
