@@ -514,6 +514,20 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name):
     assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
+def test_easy_pairs_with_the_data_ask_no_target():
+    objective = made("ect")
+    batch = batch_for("ect")
+    nets = [weighted(pixel_nets(False, number)[0]) for number in (1, 2, 3)]
+
+    def losses(batch: dict[str, mx.array]) -> list[float]:
+        return [objective.loss(nets[0], target, batch)[0].item() for target in nets[1:]]
+
+    one, other = losses(batch | {"s": mx.zeros((ROWS,))})
+    assert one == other
+    one, other = losses(batch)
+    assert one != other
+
+
 # --- prompts
 
 
