@@ -25,6 +25,7 @@ from diffusers import (
 )
 from mlx.utils import tree_flatten
 from parity import TOLERANCE, channels_last, copy_weights, randomise, relative_error
+from PIL import Image
 from safetensors import safe_open
 from tiny_latent import UNETS, reference_pipeline
 
@@ -456,6 +457,16 @@ def test_a_teacher_with_an_adapter_names_no_sampler(run, published, data):
     with safe_open(folder / "pytorch_lora_weights.safetensors", "numpy") as opened:
         assert "mlx_cm.sampler" not in opened.metadata()
     assert mlx_cm.load(published("sd"), lora=[str(folder)]).settings.sampler is None
+
+
+@pytest.mark.parametrize(("method", "rank"), [("teacher", 2), ("teacher", 0), ("lcm-lora", 2)])
+def test_samples_show_a_base_model_in_training(run, published, data, method, rank):
+    """By itself it waits for an adapter that distils it; what is trained is shown nevertheless."""
+    shown = ("train.sample_every=1", "train.steps=1", "samples.count=1", "samples.steps=[2]")
+    folder = trained(run, method, published("sd"), data, f"lora.rank={rank}", *shown)
+    (sheet,) = (folder.parent / "samples").iterdir()
+    with Image.open(sheet) as picture:
+        assert np.asarray(picture).std() > 1
 
 
 def test_a_distilled_model_is_what_diffusers_loads(run, published, data, tmp_path):
