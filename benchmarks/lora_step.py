@@ -125,7 +125,7 @@ def serve(config: UNet2DConditionConfig) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[Table]:
     """Takes a step in every way in turn, each in a process of its own; nothing is written."""
-    size = 64 if arguments.quick else arguments.size
+    size = 192 if arguments.quick else arguments.size
     side, options = size // SD_VAE.pixels_per_latent, ["--quick"] if arguments.quick else []
     replies: dict[Case, list[dict[str, Any]]] = {case: [] for case in CASES}
     for run in range(arguments.runs):

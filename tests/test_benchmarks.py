@@ -24,6 +24,7 @@ import conversion  # noqa: E402
 import decode_memory  # noqa: E402
 import harness  # noqa: E402
 import latent  # noqa: E402
+import lora_step  # noqa: E402
 import mlx_side  # noqa: E402
 import pixel  # noqa: E402
 import tables  # noqa: E402
@@ -35,6 +36,7 @@ SCRIPTS = {
     "pixel": {"comparison": 1, "memory": 1, "overhead": 2},
     "latent": {"comparison": 4, "memory": 1, "overhead": 2},
     "decode_memory": {"decoding": 3},
+    "lora_step": {"lora_step": 2},
 }
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # tiny models gain nothing from more
 COMPARING = ("pixel", "latent")
@@ -101,6 +103,15 @@ def test_tiles_take_less_memory_than_the_whole(reports):
     assert (whole["tile"], whole["memory_ratio"], whole["mlx_ratio"], whole["time_ratio"]) == (None, 1, 1, 1)
     assert (tiled["size"], tiled["tile"]) == (whole["size"], 8)
     assert tiled["mlx_ratio"] < 0.9
+
+
+def test_recomputed_blocks_take_less_memory_for_the_same_step(reports):
+    kept, recomputed = reports["lora_step"]["tables"]["lora_step"]
+    assert (kept["recompute"], kept["peak_ratio"], kept["time_ratio"]) == (False, 1, 1)
+    assert recomputed["recompute"]
+    assert recomputed["peak_ratio"] < 1
+    assert recomputed["state_mib"] == kept["state_mib"]
+    assert kept["state_mib"] < kept["peak_mib"] < kept["memory_mib"]
 
 
 def test_ours_only_needs_no_other_side():
@@ -347,6 +358,7 @@ def published_tables() -> list[tables.Table]:
     return [
         tables.Table("conversion", conversion.COLUMNS, []),
         tables.Table("decoding", decode_memory.COLUMNS, []),
+        tables.Table("lora_step", lora_step.COLUMNS, []),
         tables.comparison({"a": "A"}, seconds, compared[0]),
         tables.memory("A", {"ours": compared[1], "diffusers": compared[1]}),
         *(tables.overhead(parts, [1.0], [1.0], [compared[1]]) for parts in (pixel.PARTS_TITLE, latent.PARTS_TITLE)),
