@@ -524,21 +524,31 @@ def _bar(what: str, quiet: bool, unit: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _training_progress(quiet: bool) -> Iterator[tuple[Callable, Callable]]:
-    """Two bars, one after the other: told (done, total, what) of pictures, and (report, total, images/s) of steps."""
-    with contextlib.ExitStack() as stack:
-        reading = stack.enter_context(_progress("reading", quiet, unit="picture"))
-        bar: Any = None
+    """Two bars, one after the other: told (done, total, what) of pictures, and (report, total, images/s) of steps.
 
-        def on_step(step: Any, total: int, speed: float) -> None:
-            nonlocal bar
-            with contextlib.suppress(OSError):  # training goes on where the terminal is gone
-                if bar is None:
-                    stack.close()
-                    bar = stack.enter_context(_bar("training", quiet, "step", total=total, initial=step.step - 1))
-                bar.set_postfix_str(f"loss {step.loss:.4g}, {speed:.3g} images/s", refresh=False)
-                bar.update()
+    Training goes on where the terminal is gone.
+    """
+    stack, bar = contextlib.ExitStack(), None
+    report = stack.enter_context(_progress("reading", quiet, unit="picture"))
 
-        yield reading, on_step
+    def on_picture(done: int, total: int, name: str) -> None:
+        with contextlib.suppress(OSError):
+            report(done, total, name)
+
+    def on_step(step: Any, total: int, speed: float) -> None:
+        nonlocal bar
+        with contextlib.suppress(OSError):
+            if bar is None:
+                stack.close()
+                bar = stack.enter_context(_bar("training", quiet, "step", total=total, initial=step.step - 1))
+            bar.set_postfix_str(f"loss {step.loss:.4g}, {speed:.3g} images/s", refresh=False)
+            bar.update()
+
+    try:
+        yield on_picture, on_step
+    finally:
+        with contextlib.suppress(OSError):
+            stack.close()
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -683,8 +693,8 @@ def train(method: str, output: Path, as_json: bool, quiet: bool, **options: Any)
     from mlx_cm.training.run import train as run_training
     from mlx_cm.training.run_folder import resume_command
 
-    with _training_progress(quiet) as (reading, on_step):
-        result = run_training(method, output, progress=reading, on_step=on_step, **options)
+    with _training_progress(quiet) as (on_picture, on_step):
+        result = run_training(method, output, progress=on_picture, on_step=on_step, **options)
     if result.is_first:
         if result.skipped and not quiet:
             click.echo(f"note: {len(result.skipped)} pictures could not be used", err=True)
