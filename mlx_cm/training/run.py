@@ -119,8 +119,10 @@ def train(
         told = first_one_says(group, begin)
         started, settings = told["started"], settings_from_dict(method, told["settings"], str(folder))
         progress = progress if is_first else None
-        opened = open_data(Path(started["data"]), strict=strict_data, workers=settings.data.workers, progress=progress)
-        trainee = build_trainee(settings, started["model"], num_classes=opened.num_classes, progress=progress)
+        # What is given is found on every machine; what is remembered, where the first process found it.
+        path, model = Path(data or started["data"]).expanduser(), model or started["model"]
+        opened = open_data(path, strict=strict_data, workers=settings.data.workers, progress=progress)
+        trainee = build_trainee(settings, model, num_classes=opened.num_classes, progress=progress)
         if settings.train.recompute:
             for module in trainee.modules.values():
                 recompute_blocks(module)
@@ -129,7 +131,7 @@ def train(
         trainer = Trainer(trainee.modules, objective, batches, settings.train, group)
         run = Run(folder, settings, trainer, trainee, opened, on_step)
         if resume:
-            first_one_says(group, run.restore)
+            run.restore()
         if is_first:
             write_beginning(folder, told)
         return run.go()
@@ -154,7 +156,8 @@ class Run:
         self.folder, self.settings, self.trainer, self.trainee, self.data = folder, settings, trainer, trainee, data
         self.is_first = trainer.group.rank() == 0
         self.on_step = on_step if self.is_first else None
-        self.sheets = preview_sheets(settings, trainee, data, trainer.batches) if self.is_first else {}
+        sheets = preview_sheets(settings, trainee, data, trainer.batches)
+        self.sheets = sheets if self.is_first else {}
         if not self.sheets:
             trainee.release_encoders()
         self.saved: int | None = None  # step of the newest checkpoint
@@ -177,15 +180,20 @@ class Run:
         Raises:
             ModelError: all checkpoints are damaged, or the newest is of other networks.
         """
+        self.saved = first_one_says(self.trainer.group, self._restored)
+
+    def _restored(self) -> int | None:
+        """The step of the newest checkpoint, which the first process goes on from."""
         checkpoint = newest_checkpoint(self.folder / CHECKPOINTS)
         if checkpoint is None:
-            return
+            return None
         self.trainer.restore(checkpoint)
-        self.saved, self.window = checkpoint.step, checkpoint.state["window"]
+        self.window = checkpoint.state["window"]
         then = self.circumstances | checkpoint.state.get("circumstances", {})
         changed = [what for name, what in CIRCUMSTANCES.items() if then[name] != self.circumstances[name]]
         if changed:
             log.warning("the run does not go on exactly as it would have; changed: %s", "; ".join(changed))
+        return checkpoint.step
 
     def go(self) -> Result:
         """Trains to the end, or until a signal."""
