@@ -23,6 +23,7 @@ import checkpoints  # noqa: E402
 import conversion  # noqa: E402
 import decode_memory  # noqa: E402
 import harness  # noqa: E402
+import kill_and_resume  # noqa: E402
 import latent  # noqa: E402
 import lora_step  # noqa: E402
 import mlx_side  # noqa: E402
@@ -37,6 +38,7 @@ SCRIPTS = {
     "latent": {"comparison": 4, "memory": 1, "overhead": 2},
     "decode_memory": {"decoding": 3},
     "lora_step": {"lora_step": 2},
+    "kill_and_resume": {"kills": 1},
 }
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # tiny models gain nothing from more
 COMPARING = ("pixel", "latent")
@@ -358,6 +360,7 @@ def published_tables() -> list[tables.Table]:
     return [
         tables.Table("conversion", conversion.COLUMNS, []),
         tables.Table("decoding", decode_memory.COLUMNS, []),
+        tables.Table("kills", kill_and_resume.COLUMNS, []),
         tables.Table("lora_step", lora_step.COLUMNS, []),
         tables.comparison({"a": "A"}, seconds, compared[0]),
         tables.memory("A", {"ours": compared[1], "diffusers": compared[1]}),
