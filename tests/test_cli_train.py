@@ -24,7 +24,7 @@ from mlx_cm.training.checkpoints import checkpoint_folders
 from mlx_cm.training.log import read_log
 from mlx_cm.training.run import train
 
-STEPS = 40
+STEPS = 16
 KILLS = 5
 PROCESSES = 2
 
@@ -35,7 +35,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     write_data(folder / "data.npz")
     # Every step leaves a trace, and there are too many of them to be through before a signal comes.
-    write_config(folder / "ct.toml", steps=STEPS, log_every=1, checkpoint_every=10, sample_every=15)
+    write_config(folder / "ct.toml", steps=STEPS, log_every=1, checkpoint_every=6, sample_every=8)
     return folder
 
 
@@ -99,14 +99,14 @@ def test_what_is_wrong_is_said_in_one_line(run, place, arguments, code, message)
 
 
 def test_damaged_checkpoints_are_told(run, place, whole, tmp_path):
-    run(*begin(place, Path("r"), "--set", "train.steps=20", "-q"))
+    run(*begin(place, Path("r"), "--set", "train.steps=8", "-q"))
     for number, folder in enumerate(checkpoint_folders(Path("r/checkpoints"))):
         path = folder / "student.safetensors"
         path.write_bytes(path.read_bytes()[:100])
         result = run("train", "ct", "-o", "r", "--resume", "--json")
-        assert "step_00000020 is damaged: " in result.err
+        assert "step_00000008 is damaged: " in result.err
         if number == 0:
-            assert (result.code, json.loads(result.out)["step"]) == (0, 20)
+            assert (result.code, json.loads(result.out)["step"]) == (0, 8)
             path.write_bytes(path.read_bytes()[:100])
         else:
             assert (result.code, result.out) == (3, "")
@@ -146,7 +146,7 @@ def test_the_bar_has_loss_and_speed_and_a_run_outlives_its_terminal(place, tmp_p
         stdout=subprocess.PIPE, stderr=theirs, cwd=tmp_path, text=True, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
-    line = rb"training: +\d+%.* \d+/40 .*loss [\d.e-]+, [\d.e+]+ images/s"
+    line = rb"training: +\d+%.* \d+/16 .*loss [\d.e-]+, [\d.e+]+ images/s"
     assert re.search(line, shown_on(ours, line))
     if stays:
         shown_on(ours, rb"(?!)")
@@ -223,16 +223,18 @@ def wait_for(condition) -> None:
 
 
 def test_a_run_that_is_killed_at_random_moments_comes_to_the_same_end(run, place, whole, tmp_path):
-    folder, chance = tmp_path / "r", random.Random(0)
+    folder, chance, kills = tmp_path / "r", random.Random(0), 0
     for kill in range(KILLS):
         is_begun, before = (folder / "config.toml").exists(), steps_of(folder)
         command = ["train", "ct", "-o", folder, "--resume"] if is_begun else begin(place, folder)
         process = subprocess.Popen(program(*command), cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         while kill and steps_of(folder) == before and process.poll() is None:  # the first: at any moment of the start
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, 0.2 if kill else 1.5))
         process.kill()
         assert b"error" not in process.communicate()[1]
+        kills += process.returncode == -signal.SIGKILL
+    assert kills > 1
     result = run("train", "ct", "-o", folder, "--resume")
     assert result.code == 0, result.err
     assert kept_in(folder) == kept_in(whole)
@@ -286,7 +288,7 @@ def assert_about_the_same(ours: Path, theirs: Path) -> None:
 def test_processes_share_a_batch_and_stop_together(launch, run, place, tmp_path):
     # One process takes the batch in two parts where two take one each.
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    options = ["--set", "train.steps=12", "--set", "train.learning_rate=0.001"]
+    options = ["--set", "train.learning_rate=0.001"]
     assert run(*begin(place, alone, *options)).code == 0
     processes = launch(*begin(place, shared, *options, "--set", "train.accumulate=1", "--json"))
     wait_for(lambda: steps_of(shared) >= 2 or processes[0].poll() is not None)
@@ -295,12 +297,12 @@ def test_processes_share_a_batch_and_stop_together(launch, run, place, tmp_path)
     step = json.loads(first[1])["step"]
     assert [first[0], second[0]] == [143, 143], (first, second)
     assert second[1] == ""  # only one of them reports, and writes
-    assert 2 <= step < 12
+    assert 2 <= step < STEPS
     assert newest(shared).name == f"step_{step:08}"
 
     first, second = ended(launch("train", "ct", "-o", shared, "--resume", "--json"))
     assert [first[0], second[0]] == [0, 0], (first, second)
-    assert json.loads(first[1]) == {"run": str(shared), "model": str(shared / "model"), "step": 12}
+    assert json.loads(first[1]) == {"run": str(shared), "model": str(shared / "model"), "step": STEPS}
     assert (second[1], second[2]) == ("", "")
     assert_about_the_same(shared, alone)
     ours, theirs = (read_log(folder / "log.csv") for folder in (shared, alone))
@@ -328,11 +330,13 @@ def test_mlx_launch_starts_them(place, tmp_path):
     sockets = socket.create_server(("127.0.0.1", 0))
     port = sockets.getsockname()[1]
     sockets.close()
-    options = ["--set", "train.steps=2", "--set", "train.accumulate=1", "--set", "train.sample_every=0", "--json"]
+    options = ["--set", "train.steps=1", "--set", "train.accumulate=1", "--set", "train.sample_every=0", "--json"]
     command = [launcher, "-n", str(PROCESSES), "--backend", "ring", "--starting-port", str(port), "--"]
-    result = subprocess.run(
+    process = subprocess.Popen(
         [*map(str, command), *program(*begin(place, tmp_path / "r", *options))],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
+        cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert [json.loads(line)["step"] for line in result.stdout.splitlines() if line.startswith("{")] == [2]
+    with process:  # its stdin stays open, or the launcher takes a whole core to look for its end
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert [json.loads(line)["step"] for line in said.splitlines() if line.startswith("{")] == [1], said

@@ -1,6 +1,7 @@
 """The loop: resuming is exact at every step, and every setting does what it says."""
 
 import dataclasses
+import gc
 import itertools
 import math
 
@@ -30,7 +31,7 @@ from mlx_cm.training.models import Trainee, build_trainee
 from mlx_cm.training.optimizers import learning_rate_factor
 from mlx_cm.training.recomputation import recompute_blocks
 
-STEPS = 6
+STEPS = 4
 
 
 def distilling(**train) -> Trainer:
@@ -372,11 +373,12 @@ def test_a_step_is_evaluated_once_and_memory_does_not_grow(monkeypatch):
     evaluated, evaluate = [], mx.eval
     monkeypatch.setattr(mx, "eval", lambda *arrays: evaluated.append(1) or evaluate(*arrays))
     used = []
-    for _ in range(3):
+    for _ in range(5):
         trainer.advance()
+        gc.collect()
         used.append(mx.get_active_memory())
-    assert len(evaluated) == 3
-    assert used[0] == used[1] == used[2]
+    assert len(evaluated) == 5
+    assert max(used) - min(used) < 0.005 * used[0]  # less than the smallest of the kernels
 
 
 def test_between_steps_the_modules_hold_no_weights_of_their_own():
