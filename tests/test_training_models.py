@@ -620,8 +620,15 @@ def test_features_are_known_by_what_makes_them(model, captioned, tmp_path):
 # --- a text encoder that is trained with the network
 
 
-def test_a_text_encoder_is_trained_with_its_network(model, captioned, tmp_path):
-    settings = settings_of("teacher", new_latent(model), train__steps=4, train__learning_rate=0.02)
+POOLED = {
+    "unet": LATENT_UNET | {"addition_embed_type": "text_time"},  # as SDXL's, with one text encoder
+    "text_encoder": TEXT | {"projection_dim": 12},
+}
+
+
+@pytest.mark.parametrize("parts", [{}, POOLED], ids=["states", "states and pooled text"])
+def test_a_text_encoder_is_trained_with_its_network(model, captioned, tmp_path, parts):
+    settings = settings_of("teacher", new_latent(model, **parts), train__steps=4, train__learning_rate=0.02)
     trainee = built(settings)
     assert set(trainee.modules) == {"unet", "text_encoder"}
     batches = make_batches(settings, trainee, captioned)
@@ -638,6 +645,7 @@ def test_a_text_encoder_is_trained_with_its_network(model, captioned, tmp_path):
         trained = trainer.student[part]
         assert trained.keys() == before[part].keys()
         changed = [name for name in trained if not np.array_equal(np.array(trained[name]), before[part][name])]
+        # SDXL's states are those before the last layer, so its last half trains the pooled text alone.
         assert len(changed) > 0.8 * len(trained), part
         module.load_weights(list(trained.items()))
 

@@ -18,6 +18,7 @@ from mlx_cm.guidance import classifier_free_guidance, guidance_embedding, w_from
 from mlx_cm.images import from_pil, picture_digest, to_pil
 from mlx_cm.interpolation import FEATURE_PATHS, slerp_noise
 from mlx_cm.model_folder import weights_digest
+from mlx_cm.models.clip_text import CLIPTextOutput
 from mlx_cm.models.unet2d_condition import PromptContext
 from mlx_cm.parameterization import Network, latent_consistency_function
 from mlx_cm.pipelines.request import (
@@ -118,6 +119,13 @@ class PromptFeatures(NamedTuple):
 
     states: mx.array  # (B, tokens, D)
     pooled: mx.array | None  # (B, P), for SDXL
+
+
+def features_of(output: CLIPTextOutput, is_xl: bool) -> PromptFeatures:
+    """What a family takes of a text encoder: its last state; SDXL the one before its last layer, and the pooled one."""
+    if is_xl:
+        return PromptFeatures(output.hidden_states[-2], output.text_embeds)
+    return PromptFeatures(output.last_hidden_state, None)
 
 
 EncodePrompt = Callable[[str], PromptFeatures]
@@ -522,10 +530,8 @@ class LatentConsistencyPipeline:
         states, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             ids, weights = encode_weighted(tokenizer, prompts) if weighted else (tokenizer.encode(prompts), None)
-            output = encoder(ids)
-            state = output.hidden_states[-2] if self.is_xl else output.last_hidden_state
+            state, pooled = features_of(encoder(ids), self.is_xl)
             states.append(state if weights is None else apply_weights(state, weights))
-            pooled = output.text_embeds if self.is_xl else None
         return PromptFeatures(mx.concatenate(states, axis=-1), pooled)
 
     def _remembering(self, request: LatentRequest, size: int | None = None) -> EncodePrompt:

@@ -165,7 +165,7 @@ def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, ra
     empty = batches.prompt_rows([""])
     if pipeline.settings.force_zeros_for_empty_prompt:
         empty = {name: mx.zeros_like(row) for name, row in empty.items()}
-    model = LatentModel(pipeline.schedule, empty, trainee.modules["unet"].config.time_cond_proj_dim)
+    model = LatentModel(pipeline.schedule, empty, trainee.modules["unet"].config.time_cond_proj_dim, pipeline.is_xl)
     if settings.method == "teacher":
         for name in ("mean", "std"):
             if getattr(settings.objective, name) is not None:

@@ -57,6 +57,7 @@ from mlx_cm.training.settings import Settings
 
 Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
+SIZE_WIDTH = 8  # of the sinusoid of each size that a new network of SDXL's kind is told
 GUIDANCE_WIDTH = 256  # of a new guidance embedding, as in the published models
 # Layers that begin at zero in a new network, so that its blocks begin as identities: OpenAI's `zero_module`.
 ZEROED = {
@@ -254,9 +255,18 @@ def _new_latent(settings: Settings, num_classes: int | None, progress: Progress 
     unet_values = {
         "in_channels": channels, "out_channels": channels, "cross_attention_dim": text_config.hidden_size,
     }  # fmt: skip
+    if described["unet"].get("addition_embed_type") == "text_time":  # pooled text and six sizes beside the time
+        width = described["unet"].get("addition_time_embed_dim", SIZE_WIDTH)
+        text_values["architectures"] = ("CLIPTextModelWithProjection",)
+        text_config = config_from_dict(
+            CLIPTextConfig, {**text_values, **described["text_encoder"]}, "[model.text_encoder]"
+        )
+        unet_values |= {
+            "addition_time_embed_dim": width,
+            "projection_class_embeddings_input_dim": text_config.projection_dim + 6 * width,
+        }
     unet_config = config_from_dict(UNet2DConditionConfig, {**unet_values, **described["unet"]}, "[model.unet]")
-    # What else a U-Net can be told, this data has not.
-    unet_values |= {"addition_embed_type": None, "time_cond_proj_dim": None}
+    unet_values |= {"time_cond_proj_dim": None}  # a guidance embedding comes with distillation
     for part, config, values in (("text_encoder", text_config, text_values), ("unet", unet_config, unet_values)):
         for name, value in values.items():
             if getattr(config, name) != value:

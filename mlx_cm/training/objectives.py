@@ -39,6 +39,7 @@ from mlx_cm.parameterization import (
     trajectory_denoiser,
     trajectory_function,
 )
+from mlx_cm.pipelines.latent import features_of
 from mlx_cm.rng import fold_in
 from mlx_cm.samplers import Jump, euler_jump, heun_jump
 from mlx_cm.schedules import DiscreteSchedule, KarrasSchedule
@@ -419,6 +420,7 @@ class LatentModel:
     schedule: DiscreteSchedule
     empty: dict[str, mx.array]  # what the empty prompt is to the network: states and pooled, or ids; one row each
     guidance_width: int | None = None  # of the student's guidance embedding
+    is_xl: bool = False  # whether it is told pooled text and sizes
 
 
 def _latents(batch: Batch) -> mx.array:
@@ -471,7 +473,8 @@ class LatentTeacher:
     def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
         batch = _some_without_prompt(batch, self.model.empty)
         if "ids" in batch:
-            batch = batch | {"states": student.part("text_encoder")(batch["ids"]).last_hidden_state}
+            features = features_of(student.part("text_encoder")(batch["ids"]), self.model.is_xl)
+            batch = batch | {name: value for name, value in features._asdict().items() if value is not None}
         cond = _latent_conditions(batch)
         return diffusion_loss(student.unet, self.model.schedule, _latents(batch), batch["t"], batch["noise"], **cond)
 

@@ -1,6 +1,6 @@
 """Puts a trained emoji model into the package: float16, under the name that it is loaded by, with its model card.
 
-    python recipes/emoji/bundle.py runs/lcm/model
+python recipes/emoji/bundle.py runs/lcm/model
 """
 
 import argparse
