@@ -1,7 +1,6 @@
 """The loop: resuming is exact at every step, and every setting does what it says."""
 
 import dataclasses
-import gc
 import itertools
 import math
 
@@ -367,7 +366,15 @@ def test_a_loss_that_is_not_finite_is_told():
 # --- what a step costs
 
 
-def test_a_step_is_evaluated_once_and_memory_does_not_grow(monkeypatch):
+@pytest.fixture
+def exact_memory():
+    """Every array has a piece of memory of its own size; a kept one that is reused may be larger."""
+    limit = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(limit)
+
+
+def test_a_step_is_evaluated_once_and_memory_does_not_grow(monkeypatch, exact_memory):
     trainer = pixel_trainer("ct", **SHORT)
     trainer.advance()
     evaluated, evaluate = [], mx.eval
@@ -375,14 +382,12 @@ def test_a_step_is_evaluated_once_and_memory_does_not_grow(monkeypatch):
     used = []
     for _ in range(5):
         trainer.advance()
-        gc.collect()
         used.append(mx.get_active_memory())
     assert len(evaluated) == 5
-    size = sum(value.nbytes for value in trainer.student["unet"].values())
-    assert max(used) - min(used) < size / 4  # a thread may still hold some of what it has computed
+    assert len(set(used)) == 1, used
 
 
-def test_between_steps_the_modules_hold_no_weights_of_their_own():
+def test_between_steps_the_modules_hold_no_weights_of_their_own(exact_memory):
     trainer = pixel_trainer("ct", overrides={"model.unet.block_out_channels": [64]}, batch_size=2, ema=[0.9])
     mx.eval(trainer.student)
     size = sum(value.nbytes for value in trainer.student["unet"].values())
