@@ -522,6 +522,27 @@ def test_labels_go_where_they_are_known(model, captioned, labelled):
     assert set(make_batches(new, plain, labelled).load(0, 0, 2)) == {"x0"}
 
 
+COMPILED = [("cd", "edm"), ("ict", "edm"), ("ctm", "edm"), ("lcd", "sd"), ("lcm-lora", "lcm")]
+
+
+@pytest.mark.parametrize(("method", "name"), COMPILED)
+def test_a_compiled_step_of_what_begins_with_a_model_is_the_same_step(model, captioned, labelled, method, name):
+    """A student begins with its teacher's arrays, and a compiled step may not meet what it is given by another way."""
+
+    def trainer(compiled: bool) -> Trainer:
+        settings = settings_of(method, train__compile=compiled, train__parallel=1, train__learning_rate=1e-3)
+        trainee = built(settings, model(name), num_classes=2)
+        batches = make_batches(settings, trainee, labelled if name == "edm" else captioned)
+        return Trainer(trainee.modules, make_objective(settings, trainee, batches), batches, settings.train)
+
+    eager, compiled = trainer(False), trainer(True)
+    for _ in range(2):
+        assert compiled.advance().loss == pytest.approx(eager.advance().loss, rel=1e-4)
+    for (key, one), (other_key, other) in zip(tree_flatten(compiled.student), tree_flatten(eager.student), strict=True):
+        assert key == other_key
+        assert mx.abs(one - other).max().item() < 1e-4, key
+
+
 @pytest.mark.parametrize("name", ["sd", "tiny vae in sd"])
 def test_latents_are_those_of_the_models_autoencoder(model, captioned, name):
     settings = settings_of("lcd")

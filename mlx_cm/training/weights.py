@@ -11,9 +11,13 @@ Parameters = dict[str, dict[str, mx.array]]  # part ("unet") => name => trained 
 
 
 def master_parameters(modules: Mapping[str, nn.Module]) -> Parameters:
-    """The trainable parameters of every part in float32, which keeps the small changes of an optimiser."""
+    """The trainable parameters of every part in float32, which keeps the small changes of an optimiser.
+
+    They are arrays of their own: a compiled step refuses one that it is given and meets again in another network, as
+    in the teacher that a student begins as.
+    """
     return {
-        part: {name: value.astype(mx.float32) for name, value in tree_flatten(module.trainable_parameters())}
+        part: {name: mx.contiguous(value.astype(mx.float32)) for name, value in tree_flatten(module.trainable_parameters())}
         for part, module in modules.items()
     }
 
