@@ -63,7 +63,6 @@ GUIDANCE_WIDTH = 256  # of a new guidance embedding, as in the published models
 ZEROED = {
     UNet2D: ("conv2", "to_out.0", "conv_out"),
     UNet2DCondition: ("conv2", "proj_out", "conv_out"),
-    CLIPTextModel: ("out_proj", "fc2"),
     AutoencoderKL: ("conv2", "to_out.0"),
 }
 FIRST_LOGVAR = -6.0  # of a new autoencoder's posterior: with a variance of 1 its decoder would see little but noise
@@ -377,7 +376,7 @@ def new_network(config: Any) -> nn.Module:
         ModelError: no array can have these sizes.
     """
     model = new_model(config, class_of(config))
-    zeroed = tuple(f".{name}" for name in ZEROED[type(model)])
+    zeroed = tuple(f".{name}" for name in ZEROED.get(type(model), ()))
     for path, module in model.named_modules():
         if f".{path}".endswith(zeroed):
             module.update(tree_map(mx.zeros_like, module.parameters()))
