@@ -253,7 +253,7 @@ def test_a_run_that_a_signal_stopped_goes_on_as_if_it_had_not(place, whole, tmp_
     assert kept_in(tmp_path / "run") == kept_in(whole)
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_that_ended_without_notice_goes_on_as_if_it_had_not(place, whole, tmp_path, step):
     crashed(place, tmp_path / "run", step)
     started_again(tmp_path / "run")
@@ -444,7 +444,8 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(place, tmp_path):
 def test_a_checkpoint_in_memory_outlives_its_files(whole, tmp_path):
     shutil.copytree(newest(whole), tmp_path / "step_00000006")
     checkpoint = load_checkpoint(tmp_path / "step_00000006")
-    shutil.rmtree(tmp_path / "step_00000006")
+    for path in (tmp_path / "step_00000006").iterdir():
+        path.write_bytes(b"")
     assert checkpoint.is_finite()
 
 
