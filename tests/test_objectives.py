@@ -366,6 +366,16 @@ def test_a_latent_teacher_draws_every_timestep_and_leaves_out_prompts(share, exp
     assert abs(np.corrcoef(drawn["t"], drawn["drop"])[0, 1]) < 0.03 if 0 < expected < 1 else True
 
 
+def test_a_shift_draws_more_of_the_noisy_timesteps():
+    """[SD3] equation 23; its inverse makes the timesteps uniform again."""
+    shift = 4.0
+    drawn = many(latent_teacher("latents", shift=shift))
+    t = (drawn["t"] + 0.5) / 1000
+    assert scipy.stats.kstest(t / (shift - (shift - 1) * t), "uniform").pvalue > LIKELY
+    assert np.mean(drawn["t"] >= 700) == pytest.approx(1 - 0.7 / (shift - (shift - 1) * 0.7), abs=0.03)
+    assert drawn["t"].min() >= 0 and drawn["t"].max() == 999
+
+
 def test_a_posteriors_draws_have_its_shape_and_are_not_the_noise():
     drawn = made("lcd").draw(0, ROWS, LATENT_SHAPE)
     assert drawn["noise"].shape == drawn["posterior"].shape == (ROWS, *LATENT_SHAPE)
@@ -648,6 +658,8 @@ def test_rates_of_targets():
     [
         (TeacherSettings, {"std": 0.0}, "std: expected above 0"),
         (TeacherSettings, {"std": math.nan}, "std"),
+        (TeacherSettings, {"shift": 0.0}, "shift: expected above 0, got 0.0"),
+        (TeacherSettings, {"shift": math.nan}, "shift"),
         (TeacherSettings, {"empty_prompts": 1.5}, "empty_prompts: expected 0 to 1, got 1.5"),
         (ConsistencySettings, {"curriculum": "steep"}, "curriculum: 'steep' is unknown"),
         (ConsistencySettings, {"levels": "even"}, "levels"),

@@ -145,8 +145,9 @@ def make_objective(settings: Settings, trainee: Trainee, batches: Batches) -> Ob
         return Autoencoding(made, random, _distance(settings), config.pixels_per_latent, config.latent_channels)
     if trainee.space == LATENT:
         return _latent_objective(settings, trainee, batches, random)
-    if settings.method == "teacher" and made.empty_prompts is not None:
-        raise UsageError("objective.empty_prompts", "is for latent models; this one has no prompts")
+    for name in ("empty_prompts", "shift"):
+        if getattr(made, name, None) is not None:
+            raise UsageError(f"objective.{name}", "is for latent models; this one has no prompts and no timesteps")
     pipeline = trainee.pipeline
     unet = trainee.modules["unet"]
     model = PixelModel(pipeline.schedule, pipeline.settings.noise_scale, unet.config.dropout > 0)
@@ -169,7 +170,7 @@ def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, ra
     if settings.method == "teacher":
         for name in ("mean", "std"):
             if getattr(settings.objective, name) is not None:
-                raise UsageError(f"objective.{name}", "is for pixel-space models; timesteps are drawn uniformly here")
+                raise UsageError(f"objective.{name}", "is for pixel-space models; objective.shift says which timesteps are drawn")
         return LatentTeacher(settings.objective, model, random)
     if settings.objective.distance == "lpips":
         raise UsageError("objective.distance lpips", "compares pictures, and this model makes latents")

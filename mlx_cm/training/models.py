@@ -40,7 +40,7 @@ from mlx_cm.model_folder import (
     write_schedule,
 )
 from mlx_cm.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_cm.models.clip_text import CLIPTextConfig, CLIPTextModel
+from mlx_cm.models.clip_text import CLIPTextConfig
 from mlx_cm.models.unet2d import UNet2D, UNet2DConfig
 from mlx_cm.models.unet2d_condition import UNet2DCondition, UNet2DConditionConfig
 from mlx_cm.pipelines.latent import SAMPLERS, LatentConsistencyPipeline, LatentSettings
@@ -59,12 +59,15 @@ Pipeline = ConsistencyModelPipeline | LatentConsistencyPipeline
 
 SIZE_WIDTH = 8  # of the sinusoid of each size that a new network of SDXL's kind is told
 GUIDANCE_WIDTH = 256  # of a new guidance embedding, as in the published models
-# Layers that begin at zero in a new network, so that its blocks begin as identities: OpenAI's `zero_module`.
+# Layers that begin at zero in a new network: OpenAI's `zero_module`. Blocks that begin as identities let no prompt
+# through, and a network that sees much noise takes long to find out that there is one; so those of latents do not.
 ZEROED = {
     UNet2D: ("conv2", "to_out.0", "conv_out"),
-    UNet2DCondition: ("conv2", "proj_out", "conv_out"),
+    UNet2DCondition: ("conv_out",),
     AutoencoderKL: ("conv2", "to_out.0"),
 }
+# By how much more than MLX draws them these layers begin: pooled text is to be heard beside the time.
+LOUDER = {"text_projection": 5.0, "add_embedding.linear_2": 5**0.5}
 FIRST_LOGVAR = -6.0  # of a new autoencoder's posterior: with a variance of 1 its decoder would see little but noise
 TEXT_WIDTH_SCALE = 0.02  # standard deviation of new token embeddings
 
@@ -380,6 +383,8 @@ def new_network(config: Any) -> nn.Module:
     for path, module in model.named_modules():
         if f".{path}".endswith(zeroed):
             module.update(tree_map(mx.zeros_like, module.parameters()))
+        if path in LOUDER:
+            module.weight = LOUDER[path] * module.weight
         if isinstance(module, nn.Embedding):
             module.weight = TEXT_WIDTH_SCALE * mx.random.normal(module.weight.shape)
     if isinstance(model, AutoencoderKL):

@@ -149,10 +149,13 @@ class TeacherSettings:
     mean: float | None = None  # pixels: ln(sigma) ~ N(mean, std^2); None: [EDM] table 1
     std: float | None = None
     empty_prompts: float | None = None  # latents: how often a prompt is left out, for guidance; None: one in ten
+    shift: float | None = None  # latents: above 1 more of the noisy timesteps, see `shifted`; None: all alike
 
     def __post_init__(self):
         if self.std is not None:
             _check_std(self.std)
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ValueError(f"shift: expected above 0, got {self.shift}")
         if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
             raise ValueError(f"empty_prompts: expected 0 to 1, got {self.empty_prompts}")
 
@@ -448,6 +451,15 @@ def _some_without_prompt(batch: Batch, empty: dict[str, mx.array]) -> Batch:
     return batch | {name: mx.where(rows[name], without[name], batch[name]) for name in empty}
 
 
+def shifted(u: np.ndarray, shift: float) -> np.ndarray:
+    """Fractions of the way to pure noise, in [0, 1), moved towards it: s u / (1 + (s - 1) u). [SD3] equation 23.
+
+    What a picture shows of its prompt is decided where there is little but noise; of a uniform draw a small network
+    sees too few of those.
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
 @dataclass(frozen=True)
 class LatentTeacher:
     """A latent diffusion model, with its text encoder where the data gives token ids."""
@@ -464,11 +476,11 @@ class LatentTeacher:
 
     def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
         random = self.random.levels(step)
-        timestep = random.integers(0, self.model.schedule.num_train_timesteps, rows)
-        share = self.settings.empty_prompts
+        share, shift = self.settings.empty_prompts, self.settings.shift
+        timestep = self.model.schedule.num_train_timesteps * shifted(random.random(rows), 1.0 if shift is None else shift)
         drop = random.random(rows) < (EMPTY_PROMPTS if share is None else share)
         draws = _latent_draws(self.random, step, rows, shape)
-        return draws | {"t": _int32(timestep), "drop": mx.array(drop)}
+        return draws | {"t": _int32(np.floor(timestep)), "drop": mx.array(drop)}
 
     def loss(self, student: Weighted, target: Weighted, batch: Batch) -> Losses:
         batch = _some_without_prompt(batch, self.model.empty)

@@ -17,7 +17,10 @@ def master_parameters(modules: Mapping[str, nn.Module]) -> Parameters:
     in the teacher that a student begins as.
     """
     return {
-        part: {name: mx.contiguous(value.astype(mx.float32)) for name, value in tree_flatten(module.trainable_parameters())}
+        part: {
+            name: mx.contiguous(value.astype(mx.float32))
+            for name, value in tree_flatten(module.trainable_parameters())
+        }
         for part, module in modules.items()
     }
 
