@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_cm.bundled import FOLDER
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("mlx_cm/**/*.py"), *ROOT.glob("convert/**/*.py"), ROOT / "cli.py"])
 
@@ -200,6 +202,9 @@ def test_a_wheel_holds_one_package(wheel):
     expected = {name if name.startswith("mlx_cm/") else f"mlx_cm/{name}" for name in expected}
     assert {name for name in inside if name.endswith(".py")} == expected
     assert not [name for name in inside if "__pycache__" in name or name.endswith(".pyc")]
+    bundle = {path.relative_to(ROOT).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
+    recipes = {f"mlx_cm/recipes/{path.name}" for path in ROOT.glob("recipes/*.toml")}
+    assert bundle and recipes and inside == expected | bundle | recipes
 
 
 def test_an_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
@@ -215,6 +220,8 @@ from mlx_cm import load
 for module in (mlx_cm, mlx_cm.cli, mlx_cm.convert, mlx_cm.convert.readers):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 assert [path.rstrip("/") for path in mlx_cm.__path__] == [sys.argv[1] + "/mlx_cm"], mlx_cm.__path__
+(image,) = load("emoji").generate("red apple", steps=1)
+assert image.size == (64, 64)
 """
     done = subprocess.run(
         [sys.executable, "-c", script, target], capture_output=True, text=True, cwd=elsewhere, check=False

@@ -166,7 +166,6 @@ def test_a_foreign_folder_is_converted_once(run, published, tmp_path):
 # --- wrong arguments: (arguments, exit code, what the message says)
 
 WRONG = {
-    "no model": ([], 2, ["model: none given", "try: mlx-cm generate -m"]),
     "model that is not there": (["-m", "nowhere"], 3, ["nowhere: no such file or folder, and not a Hub id"]),
     "file that is not there": (["-m", "a/b.safetensors"], 3, ["no such file or folder"]),
     "steps 0": (["--steps", "0"], 2, ["steps 0: expected at least 1"]),
@@ -211,7 +210,7 @@ WRONG = {
 def test_a_wrong_argument_is_one_clear_error(run, native, tmp_path, case):
     arguments, code, said = WRONG[case]
     (tmp_path / "taken").write_text("a file")
-    model = [] if case == "no model" or "-m" in arguments else ["-m", native]
+    model = [] if "-m" in arguments else ["-m", native]
     result = run("generate", *model, *arguments)
     assert result.code == code, result.err
     assert result.out == ""

@@ -170,7 +170,8 @@ def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, ra
     if settings.method == "teacher":
         for name in ("mean", "std"):
             if getattr(settings.objective, name) is not None:
-                raise UsageError(f"objective.{name}", "is for pixel-space models; objective.shift says which timesteps are drawn")
+                why = "is for pixel-space models; objective.shift says which timesteps are drawn"
+                raise UsageError(f"objective.{name}", why)
         return LatentTeacher(settings.objective, model, random)
     if settings.objective.distance == "lpips":
         raise UsageError("objective.distance lpips", "compares pictures, and this model makes latents")

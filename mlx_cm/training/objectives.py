@@ -477,7 +477,8 @@ class LatentTeacher:
     def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
         random = self.random.levels(step)
         share, shift = self.settings.empty_prompts, self.settings.shift
-        timestep = self.model.schedule.num_train_timesteps * shifted(random.random(rows), 1.0 if shift is None else shift)
+        part = shifted(random.random(rows), 1.0 if shift is None else shift)
+        timestep = self.model.schedule.num_train_timesteps * part
         drop = random.random(rows) < (EMPTY_PROMPTS if share is None else share)
         draws = _latent_draws(self.random, step, rows, shape)
         return draws | {"t": _int32(np.floor(timestep)), "drop": mx.array(drop)}

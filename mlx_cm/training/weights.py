@@ -18,8 +18,7 @@ def master_parameters(modules: Mapping[str, nn.Module]) -> Parameters:
     """
     return {
         part: {
-            name: mx.contiguous(value.astype(mx.float32))
-            for name, value in tree_flatten(module.trainable_parameters())
+            name: mx.contiguous(value.astype(mx.float32)) for name, value in tree_flatten(module.trainable_parameters())
         }
         for part, module in modules.items()
     }

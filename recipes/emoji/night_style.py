@@ -20,20 +20,9 @@ from mlx_cm.errors import MlxCmError
 from mlx_cm.storage import atomic_folder
 
 SUBJECTS = (
-    *(
-        "red apple",
-        "pizza",
-        "cat face",
-        "dog face",
-        "sunflower",
-        "red heart",
-        "penguin",
-        "snowman",
-        "banana",
-        "rainbow",
-    ),
-    *("robot", "octopus", "crown", "hot beverage", "soccer ball", "guitar", "house", "tree", "fish", "bird"),
-)
+    "red apple", "pizza", "cat face", "dog face", "sunflower", "red heart", "penguin", "snowman", "banana", "rainbow",
+    "robot", "octopus", "crown", "hot beverage", "soccer ball", "guitar", "house", "tree", "fish", "bird",
+)  # fmt: skip
 SKY = np.array([18, 22, 60], dtype=np.float32)
 MOONLIGHT = np.array([0.55, 0.65, 1.0], dtype=np.float32)
 STAR = (255, 250, 200)
