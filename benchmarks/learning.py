@@ -317,7 +317,7 @@ def curves_figure(findings: Findings, work: Path) -> Figure:
         distance.set_xlabel("updates")
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("distance")
-    axes[1, 0].legend(fontsize=8)
+    axes[1, -1].legend(fontsize=8)
     return figure
 
 

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-BUNDLED = "emoji"  # the reference that stands for it, where no file or folder is called so
+BUNDLED = "emoji"  # the reference that stands for it; a file or folder of that name is ./emoji
 FOLDER = Path(__file__).resolve().parent / "bundle" / BUNDLED
 
 
 def local_path(ref: str | Path) -> Path:
     """The path that a reference means on this machine: as it is written, or that of the bundled model."""
-    path = Path(ref).expanduser()
-    return FOLDER if str(ref) == BUNDLED and not path.exists() else path
+    return FOLDER if ref == BUNDLED else Path(ref).expanduser()

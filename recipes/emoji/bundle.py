@@ -1,4 +1,4 @@
-"""Puts a trained emoji model into the package: float16, under the name that it is loaded by, with its model card.
+"""Puts a trained emoji model into the package: float16, under the name that it is loaded by, beside its card.
 
 python recipes/emoji/bundle.py runs/lcm/model
 """
@@ -15,7 +15,8 @@ from mlx_cm.model_folder import read_model_index, write_model_index
 from mlx_cm.rewriting import cast_folder
 from mlx_cm.storage import atomic_folder
 
-CARD = Path(__file__).with_name("CARD.md")
+CARD = ("README.md", "*.png")  # written by hand, and kept
+STEPS = 1  # by default: more make this model's pictures rougher
 LARGEST = 12_000_000  # bytes, all files together
 
 
@@ -33,8 +34,10 @@ def bundle(source: Path, destination: Path) -> int:
         half = cast_folder(source, Path(scratch) / "half", "float16")
         shutil.copytree(half, partial, dirs_exist_ok=True)
         index = read_model_index(partial)
-        write_model_index(partial, replace(index, provenance=index.provenance | {"source": BUNDLED, "revision": None}))
-        shutil.copyfile(CARD, partial / "README.md")
+        provenance = index.provenance | {"source": BUNDLED, "revision": None}
+        write_model_index(partial, replace(index, provenance=provenance, sampler=index.sampler | {"steps": STEPS}))
+        for path in (path for pattern in CARD for path in destination.glob(pattern)):
+            shutil.copyfile(path, partial / path.name)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         if size > LARGEST:
             raise SystemExit(f"error: {size:,} bytes, expected at most {LARGEST:,}")

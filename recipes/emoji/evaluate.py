@@ -175,7 +175,7 @@ def main() -> None:
         if arguments.sheet:
             pipeline = mlx_cm.load(arguments.model)
             prompts = held_out_captions()
-            pictures = [picture for x in generated(pipeline, prompts, steps=4) for picture in to_pil(x)]
+            pictures = [picture for x in generated(pipeline, prompts) for picture in to_pil(x)]
             print(save_image(contact_sheet(pictures, columns=math.ceil(math.sqrt(len(pictures)))), arguments.sheet))
         data = open_data(arguments.data)
         steps = [int(part) for part in arguments.steps.split(",")]
