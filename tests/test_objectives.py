@@ -347,6 +347,18 @@ def test_latent_consistency_draws_the_solvers_timesteps(count):
     assert_uniform(index, count)
 
 
+def test_pairs_lie_as_far_apart_as_is_asked_for():
+    model = LatentModel(DiscreteSchedule(), EMPTY["latents"], 16)
+    drawn = many(LatentConsistency(LatentConsistencySettings(skip=250), model, RANDOM, l2))
+    assert set(zip(drawn["t"].tolist(), drawn["s"].tolist(), strict=True)) == {
+        (249, 0),
+        (499, 249),
+        (749, 499),
+        (999, 749),
+    }
+    assert_uniform(drawn["t"] // 250, 4)
+
+
 @pytest.mark.parametrize(("low", "high"), [(2.0, 14.0), (0.0, 0.5)])
 def test_guidance_is_uniform(low, high):
     drawn = many(latent_consistency("lcm", "base", w_min=low, w_max=high))
@@ -658,6 +670,7 @@ def test_rates_of_targets():
     [
         (TeacherSettings, {"std": 0.0}, "std: expected above 0"),
         (TeacherSettings, {"std": math.nan}, "std"),
+        (LatentConsistencySettings, {"skip": 0}, "skip: expected at least 1, got 0"),
         (TeacherSettings, {"shift": 0.0}, "shift: expected above 0, got 0.0"),
         (TeacherSettings, {"shift": math.nan}, "shift"),
         (TeacherSettings, {"empty_prompts": 1.5}, "empty_prompts: expected 0 to 1, got 1.5"),

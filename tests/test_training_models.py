@@ -495,6 +495,7 @@ REFUSED_DATA = {
     "distance of pictures": ("lcd", "sd", {"objective__distance": "lpips"}, "this model makes latents"),
     "levels of pixels": ("teacher", "sd", {"objective__mean": 0.0}, "is for pixel-space models"),
     "prompts of pixels": ("teacher", "edm", {"objective__empty_prompts": 0.2}, "this one has no prompts"),
+    "a skip beyond the noise": ("lcf", "lcm", {"objective__skip": 1001}, "the model has 1000 timesteps"),
     "timesteps of pixels": ("teacher", "edm", {"objective__shift": 3.0}, "no timesteps"),
     "no LPIPS": ("ict", "edm", {"objective__distance": "lpips"}, "needs the network's weights"),
 }

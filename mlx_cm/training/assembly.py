@@ -173,6 +173,9 @@ def _latent_objective(settings: Settings, trainee: Trainee, batches: Batches, ra
                 why = "is for pixel-space models; objective.shift says which timesteps are drawn"
                 raise UsageError(f"objective.{name}", why)
         return LatentTeacher(settings.objective, model, random)
+    skip, timesteps = settings.objective.skip, pipeline.schedule.num_train_timesteps
+    if skip is not None and skip > timesteps:
+        raise UsageError(f"objective.skip {skip}", f"the model has {timesteps} timesteps")
     if settings.objective.distance == "lpips":
         raise UsageError("objective.distance lpips", "compares pictures, and this model makes latents")
     return LatentConsistency(settings.objective, model, random, _distance(settings), trainee.teacher)

@@ -498,11 +498,16 @@ class LatentConsistencySettings:
 
     w_min: float = 2.0  # w = guidance_scale - 1 of the teacher's steps, or of the guidance embedding
     w_max: float = 14.0
+    skip: int | None = (
+        None  # k, timesteps from t to s; None: what the model was made for. Large: learns sooner, blurs more
+    )
     target_rate: float = 0.95  # 0: the target is the student itself
     distance: str = "l2"
     distance_c: float | None = None
 
     def __post_init__(self):
+        if self.skip is not None and self.skip < 1:
+            raise ValueError(f"skip: expected at least 1, got {self.skip}")
         if not 0 <= self.w_min <= self.w_max:
             raise ValueError(f"expected 0 <= w_min <= w_max, got {self.w_min} and {self.w_max}")
         if not 0 <= self.target_rate < 1:
@@ -531,8 +536,8 @@ class LatentConsistency:
         [LCM] algorithm 1; the first timestep of the solver steps to timestep 0, as in the released code.
         """
         random, schedule = self.random.levels(step), self.model.schedule
-        count = schedule.original_inference_steps
-        skip = schedule.num_train_timesteps // count
+        skip = self.settings.skip or schedule.num_train_timesteps // schedule.original_inference_steps
+        count = schedule.num_train_timesteps // skip
         t = (random.integers(0, count, rows) + 1) * skip - 1
         w = random.uniform(self.settings.w_min, self.settings.w_max, rows)
         drawn = {"t": _int32(t), "s": _int32(np.maximum(t - skip, 0)), "w": _float32(w)}
