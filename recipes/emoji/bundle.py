@@ -16,7 +16,7 @@ from mlx_cm.rewriting import cast_folder
 from mlx_cm.storage import atomic_folder
 
 CARD = ("README.md", "*.png")  # written by hand, and kept
-STEPS = 1  # by default: more make this model's pictures rougher
+STEPS = 1  # by default: more make no picture better
 LARGEST = 12_000_000  # bytes, all files together
 
 

@@ -129,10 +129,11 @@ def evaluate(model: str, data: PictureData, *, steps: Sequence[int], captions: i
     }  # fmt: skip
     if teacher is not None:
         taught = mlx_cm.load(teacher, dtype="float32")
-        found = features(pipeline, generated(taught, names, steps=TEACHER_STEPS, sampler="ddim"))
+        scale = pipeline.settings.guidance_scale  # what the model was distilled from
+        found = features(pipeline, generated(taught, names, steps=TEACHER_STEPS, sampler="ddim", guidance_scale=scale))
         row = retrieval(found[chosen], wanted, real, owners)
         result["teacher"] = {
-            "steps": TEACHER_STEPS, "guidance_scale": taught.settings.guidance_scale,
+            "steps": TEACHER_STEPS, "guidance_scale": scale,
             **row, "frechet": frechet_distance(gaussian_fit(found), fit),
         }  # fmt: skip
     return result
