@@ -18,8 +18,8 @@ from mlx_cm.metadata import read_recipe
 from mlx_cm.model_folder import read_model_index, weight_files
 from recipes.emoji.bundle import LARGEST
 from recipes.emoji.captions import held_out_captions
-from recipes.emoji.evaluate import emoji_of, head_noun
-from recipes.emoji.grid import SEEDS, WORDS
+from recipes.emoji.evaluate import emoji_of, head_noun, held_out_sheet
+from recipes.emoji.grid import SEEDS, WORDS, grid
 from recipes.emoji.ink_style import SUBJECTS
 from recipes.emoji.render import TINTS, WHITE
 
@@ -196,11 +196,23 @@ def test_the_readme_fine_tunes_it(run, pipeline, ink):
 # --- the recipe
 
 
+def assert_same_picture(shown: Image.Image, drawn: Image.Image) -> None:
+    """Up to what another machine's half precision rounds."""
+    assert shown.size == drawn.size
+    apart = np.abs(pixels(shown) - pixels(drawn))
+    assert apart.mean() < 0.002 and np.quantile(apart, 0.999) < 0.05, (apart.mean(), np.quantile(apart, 0.999))
+
+
 def test_the_grid_of_the_readme_is_this_models():
     """No picture is left out: a row per word, a column per seed."""
-    grid = Image.open(ROOT / "docs/images/emoji.png")
+    shown = Image.open(ROOT / "docs/images/emoji.png")
     padding = 8
-    assert grid.size == tuple(n * (SIDE + padding) + padding for n in (len(SEEDS), len(WORDS)))
+    assert shown.size == tuple(n * (SIDE + padding) + padding for n in (len(SEEDS), len(WORDS)))
+    assert_same_picture(shown, grid(mlx_cm.load(BUNDLED)))
+
+
+def test_the_sheet_of_the_card_is_this_models():
+    assert_same_picture(Image.open(FOLDER / "held_out.png"), held_out_sheet(mlx_cm.load(BUNDLED)))
 
 
 def test_head_nouns():

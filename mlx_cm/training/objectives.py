@@ -498,9 +498,7 @@ class LatentConsistencySettings:
 
     w_min: float = 2.0  # w = guidance_scale - 1 of the teacher's steps, or of the guidance embedding
     w_max: float = 14.0
-    skip: int | None = (
-        None  # k, timesteps from t to s; None: what the model was made for. Large: learns sooner, blurs more
-    )
+    skip: int | None = None  # k, timesteps from t to s; None: what the model was made for. A large one learns sooner
     target_rate: float = 0.95  # 0: the target is the student itself
     distance: str = "l2"
     distance_c: float | None = None

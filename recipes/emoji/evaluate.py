@@ -20,6 +20,7 @@ from typing import Any
 import mlx_cm  # isort: skip (before MLX, for which it prepares)
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_cm.bundled import BUNDLED
 from mlx_cm.errors import MlxCmError
@@ -132,10 +133,7 @@ def evaluate(model: str, data: PictureData, *, steps: Sequence[int], captions: i
         scale = pipeline.settings.guidance_scale  # what the model was distilled from
         found = features(pipeline, generated(taught, names, steps=TEACHER_STEPS, sampler="ddim", guidance_scale=scale))
         row = retrieval(found[chosen], wanted, real, owners)
-        result["teacher"] = {
-            "steps": TEACHER_STEPS, "guidance_scale": scale,
-            **row, "frechet": frechet_distance(gaussian_fit(found), fit),
-        }  # fmt: skip
+        result["teacher"] = {"steps": TEACHER_STEPS, **row, "frechet": frechet_distance(gaussian_fit(found), fit)}
     return result
 
 
@@ -144,6 +142,12 @@ def _decoded(pipeline: LatentConsistencyPipeline, data: PictureData, emoji: Sequ
     pictures = real_pictures(data, [one.pictures[0] for one in emoji])
     autoencoder = pipeline.autoencoder
     return features(pipeline, (mx.clip(autoencoder.decode(autoencoder.encode(x)[0]), -1, 1) for x in pictures))
+
+
+def held_out_sheet(pipeline: LatentConsistencyPipeline) -> Image.Image:
+    """Pictures of the held-out captions in their order, row by row, none left out."""
+    pictures = [picture for x in generated(pipeline, held_out_captions()) for picture in to_pil(x)]
+    return contact_sheet(pictures, columns=math.ceil(math.sqrt(len(pictures))))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -174,10 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.sheet:
-            pipeline = mlx_cm.load(arguments.model)
-            prompts = held_out_captions()
-            pictures = [picture for x in generated(pipeline, prompts) for picture in to_pil(x)]
-            print(save_image(contact_sheet(pictures, columns=math.ceil(math.sqrt(len(pictures)))), arguments.sheet))
+            print(save_image(held_out_sheet(mlx_cm.load(arguments.model)), arguments.sheet))
         data = open_data(arguments.data)
         steps = [int(part) for part in arguments.steps.split(",")]
         result = evaluate(arguments.model, data, steps=steps, captions=arguments.captions, teacher=arguments.teacher)
