@@ -498,7 +498,7 @@ class LatentConsistencySettings:
 
     w_min: float = 2.0  # w = guidance_scale - 1 of the teacher's steps, or of the guidance embedding
     w_max: float = 14.0
-    skip: int | None = None  # k, timesteps from t to s; None: what the model was made for. A large one learns sooner
+    skip: int | None = None  # k, timesteps from t to s; None: from one of the solver's to the next. More learns sooner
     target_rate: float = 0.95  # 0: the target is the student itself
     distance: str = "l2"
     distance_c: float | None = None
@@ -529,14 +529,15 @@ class LatentConsistency:
         return {"target_rate": self.settings.target_rate}
 
     def draw(self, step: int, rows: int, shape: tuple[int, ...]) -> Batch:
-        """A timestep of the solver and the one it steps to, and the guidance of each picture.
+        """A timestep of the solver and the one k below it, and the guidance of each picture.
 
-        [LCM] algorithm 1; the first timestep of the solver steps to timestep 0, as in the released code.
+        [LCM] algorithm 1, with the solver's timesteps of the released code, which are those that are sampled at later;
+        there, too, what would step below timestep 0 steps to it.
         """
         random, schedule = self.random.levels(step), self.model.schedule
-        skip = self.settings.skip or schedule.num_train_timesteps // schedule.original_inference_steps
-        count = schedule.num_train_timesteps // skip
-        t = (random.integers(0, count, rows) + 1) * skip - 1
+        spacing = schedule.num_train_timesteps // schedule.original_inference_steps
+        count, skip = schedule.num_train_timesteps // spacing, self.settings.skip or spacing
+        t = (random.integers(0, count, rows) + 1) * spacing - 1
         w = random.uniform(self.settings.w_min, self.settings.w_max, rows)
         drawn = {"t": _int32(t), "s": _int32(np.maximum(t - skip, 0)), "w": _float32(w)}
         return _latent_draws(self.random, step, rows, shape) | drawn
