@@ -170,6 +170,11 @@ class DiscreteSchedule:
         """Where sampling starts."""
         return self.num_train_timesteps - 1
 
+    @property
+    def solver_spacing(self) -> int:
+        """k of the timesteps k - 1, 2k - 1, ... of the distillation, `original_inference_steps` of them."""
+        return self.num_train_timesteps // self.original_inference_steps
+
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """a_0 > a_1 > ..., float64, shape (num_train_timesteps,)."""

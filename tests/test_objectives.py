@@ -327,15 +327,16 @@ def test_trajectories_without_a_teacher_are_of_neighbours():
     assert_uniform(t, 17)
 
 
-@pytest.mark.parametrize("count", [50, 25, 10, 1000])
+@pytest.mark.parametrize("count", [50, 25, 10, 1000, 1, 30, 60, 600])
 def test_latent_consistency_draws_the_solvers_timesteps(count):
     """Those of diffusers' two schedulers, each with the one below it, and timestep 0 below the first."""
     scheduler = LCMScheduler()
     scheduler.set_timesteps(count, original_inference_steps=count)
     solver = scheduler.timesteps.tolist()
-    ddim = DDIMScheduler(timestep_spacing="trailing")
-    ddim.set_timesteps(count)
-    assert ddim.timesteps.tolist() == solver
+    if 1000 % count == 0:  # otherwise diffusers' DDIM rounds fractions, and its LCM walks whole steps
+        ddim = DDIMScheduler(timestep_spacing="trailing")
+        ddim.set_timesteps(count)
+        assert ddim.timesteps.tolist() == solver
 
     model = LatentModel(DiscreteSchedule(original_inference_steps=count), EMPTY["latents"], 16)
     drawn = many(LatentConsistency(LatentConsistencySettings(), model, RANDOM, l2))

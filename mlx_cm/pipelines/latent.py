@@ -481,7 +481,7 @@ class LatentConsistencyPipeline:
             raise UsageError(
                 f"times {t}",
                 "this model's last timestep holds no signal, and it predicts noise; start below",
-                f"--times {t - self.schedule.num_train_timesteps // self.schedule.original_inference_steps}",
+                f"--times {t - self.schedule.solver_spacing}",
             )
 
     def recipe(self, request: LatentRequest) -> dict[str, Any]:

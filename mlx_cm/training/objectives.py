@@ -535,9 +535,8 @@ class LatentConsistency:
         there, too, what would step below timestep 0 steps to it.
         """
         random, schedule = self.random.levels(step), self.model.schedule
-        spacing = schedule.num_train_timesteps // schedule.original_inference_steps
-        count, skip = schedule.num_train_timesteps // spacing, self.settings.skip or spacing
-        t = (random.integers(0, count, rows) + 1) * spacing - 1
+        skip = self.settings.skip or schedule.solver_spacing
+        t = (random.integers(0, schedule.original_inference_steps, rows) + 1) * schedule.solver_spacing - 1
         w = random.uniform(self.settings.w_min, self.settings.w_max, rows)
         drawn = {"t": _int32(t), "s": _int32(np.maximum(t - skip, 0)), "w": _float32(w)}
         return _latent_draws(self.random, step, rows, shape) | drawn

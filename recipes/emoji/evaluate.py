@@ -6,7 +6,8 @@
 Both measures live in one space: the means of the latents that the model's own autoencoder finds for a picture, 8x8x8
 numbers. **Retrieval**: for captions of the data, the picture nearest to what was generated is one of the captioned
 emoji, or of one with the same head noun. **Fréchet distance** between Gaussian fits of the pictures generated for the
-first name of each emoji, and of the emoji themselves. Seeds are fixed: picture k of a list has seed k.
+first name of each emoji, and of the emoji themselves. Seeds are fixed: picture k of a list has seed k, or k more than
+`--seed`.
 """
 
 import argparse
@@ -62,10 +63,12 @@ def head_noun(name: str) -> str:
     return words[-1]
 
 
-def generated(pipeline: LatentConsistencyPipeline, prompts: Sequence[str], **settings: Any) -> Iterator[mx.array]:
-    """Pictures of prompts, the k-th with seed k, in batches (B, H, W, 3) in [-1, 1]."""
-    request = pipeline.resolve(list(prompts), seed=0, **settings)
-    request = replace(request, seeds=tuple(range(len(prompts))))
+def generated(
+    pipeline: LatentConsistencyPipeline, prompts: Sequence[str], *, seed: int = 0, **settings: Any
+) -> Iterator[mx.array]:
+    """Pictures of prompts, the k-th with seed `seed` + k, in batches (B, H, W, 3) in [-1, 1]."""
+    request = pipeline.resolve(list(prompts), seed=seed, **settings)
+    request = replace(request, seeds=tuple(range(seed, seed + len(prompts))))
     for batch in split_request(request, PER_IMAGE, BATCH):
         yield mx.clip(pipeline.decode(pipeline.sample(batch)), -1, 1)
 
@@ -106,7 +109,9 @@ def chance(wanted: Sequence[Emoji], owners: Sequence[Emoji]) -> float:
     return float(np.mean([nouns.count(head_noun(one.name)) / len(nouns) for one in wanted]))
 
 
-def evaluate(model: str, data: PictureData, *, steps: Sequence[int], captions: int, teacher: str | None) -> dict:
+def evaluate(
+    model: str, data: PictureData, *, steps: Sequence[int], captions: int, seed: int, teacher: str | None
+) -> dict:
     """All figures of a model, JSON's types."""
     pipeline = mlx_cm.load(model, dtype="float32")
     emoji = emoji_of(data)
@@ -120,7 +125,7 @@ def evaluate(model: str, data: PictureData, *, steps: Sequence[int], captions: i
 
     rows = []
     for count in steps:
-        found = features(pipeline, generated(pipeline, names, steps=count))
+        found = features(pipeline, generated(pipeline, names, seed=seed, steps=count))
         row = retrieval(found[chosen], wanted, real, owners)
         rows.append({"steps": count, **row, "frechet": frechet_distance(gaussian_fit(found), fit)})
     result = {
@@ -131,7 +136,8 @@ def evaluate(model: str, data: PictureData, *, steps: Sequence[int], captions: i
     if teacher is not None:
         taught = mlx_cm.load(teacher, dtype="float32")
         scale = pipeline.settings.guidance_scale  # what the model was distilled from
-        found = features(pipeline, generated(taught, names, steps=TEACHER_STEPS, sampler="ddim", guidance_scale=scale))
+        sampled = {"steps": TEACHER_STEPS, "sampler": "ddim", "guidance_scale": scale}
+        found = features(pipeline, generated(taught, names, seed=seed, **sampled))
         row = retrieval(found[chosen], wanted, real, owners)
         result["teacher"] = {"steps": TEACHER_STEPS, **row, "frechet": frechet_distance(gaussian_fit(found), fit)}
     return result
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", default=BUNDLED)
     parser.add_argument("--teacher", help="compare with this teacher")
     parser.add_argument("--steps", default="1,2,4,8")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
     parser.add_argument("--captions", type=int, default=300, help="of the retrieval")
     parser.add_argument("--sheet", type=Path, help="write pictures of the held-out captions")
     parser.add_argument("--json", action="store_true")
@@ -181,7 +188,8 @@ def main() -> None:
             print(save_image(held_out_sheet(mlx_cm.load(arguments.model)), arguments.sheet))
         data = open_data(arguments.data)
         steps = [int(part) for part in arguments.steps.split(",")]
-        result = evaluate(arguments.model, data, steps=steps, captions=arguments.captions, teacher=arguments.teacher)
+        asked = {"captions": arguments.captions, "seed": arguments.seed, "teacher": arguments.teacher}
+        result = evaluate(arguments.model, data, steps=steps, **asked)
     except MlxCmError as error:
         raise SystemExit(f"error: {error}") from None
     print(json.dumps(result) if arguments.json else report(result))
