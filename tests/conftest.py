@@ -18,6 +18,14 @@ def one_torch_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_hear_signals():
+    """Programs inherit what is ignored, as in a script's background or under `nohup`, but none of Python's handlers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """What a test downloads or converts lands in a folder of its own, never in the user's cache."""

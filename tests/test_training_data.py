@@ -953,11 +953,10 @@ def test_an_order_of_other_pictures_is_refused(shapes):
 # --- the end
 
 LOADING = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from mlx_cm.training.data import DataSettings, PixelBatches, make_order, open_data
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background begin without it
 data = open_data(Path(sys.argv[1]))
 settings = DataSettings(256, workers=2)
 batches = PixelBatches(data, make_order(data, settings, 8, 0), settings)
