@@ -4,7 +4,6 @@ import hashlib
 import io
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps
 
 from mlx_cm import metadata
 from mlx_cm.errors import ModelError, OutputError, UsageError
-from mlx_cm.storage import atomic_file, disk_errors
+from mlx_cm.storage import atomic_file, write_under_free_name
 
 _MODES = {1: "L", 3: "RGB"}  # channels => Pillow's mode
 _BACKGROUND = "white"
@@ -276,40 +275,14 @@ def save_image(
     path = Path(path)
     data = encode_image(image, image_format(path, format), recipe=recipe, parameters=parameters, quality=quality)
     if not overwrite:
-        path = _claim(path)
-    try:
-        with atomic_file(path) as partial:
-            partial.write_bytes(data)
-    except BaseException:
-        if not overwrite:
-            path.unlink(missing_ok=True)
-        raise
+        return write_under_free_name(_numbered(path), data)
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
     return path
 
 
-def next_free_path(path: Path) -> Path:
-    """`x.png` where there is no such file, else the first free one of `x_1.png`, `x_2.png`, ...
-
-    Another program may take the name meanwhile; `save_image(..., overwrite=False)` leaves it no chance to.
-    """
-    return next(candidate for candidate in _candidates(path) if not os.path.lexists(candidate))
-
-
-def _candidates(path: Path) -> Iterator[Path]:
-    path = Path(path)
+def _numbered(path: Path) -> Iterator[Path]:
+    """`x.png`, `x_1.png`, `x_2.png`, ..."""
     yield path
     for number in itertools.count(1):
         yield path.with_name(f"{path.stem}_{number}{path.suffix}")
-
-
-def _claim(path: Path) -> Path:
-    """Takes the next free name by creating an empty file, which only one program can."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            candidate = next_free_path(path)
-            try:
-                candidate.open("xb").close()
-            except FileExistsError:
-                continue
-            return candidate

@@ -7,6 +7,7 @@ the old thing, the new thing, or nothing.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -59,6 +60,7 @@ _DISK_ERRNOS = {
     errno.EISDIR: "is a folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
+_LINKLESS_ERRNOS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of FAT, exFAT and some shares
 
 
 @contextlib.contextmanager
@@ -86,6 +88,23 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _sibling_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write, which is gone afterwards unless it was renamed."""
+    partial = _partial_sibling(path)
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling to write; on success it is flushed and takes the place of `path`.
 
@@ -93,17 +112,50 @@ def atomic_file(path: Path) -> Iterator[Path]:
         DiskError: no space, no permission. The sibling is removed and an existing `path` is untouched.
     """
     path = Path(path)
-    partial = _partial_sibling(path)
-    with disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _fsync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    with _sibling_file(path) as partial:
+        yield partial
+        _fsync_file(partial)
+        partial.replace(path)
+        _fsync_folder(path.parent)
+
+
+def write_under_free_name(names: Iterator[Path], data: bytes) -> Path:
+    """Writes a file under the first name that nothing has; programs that do so at once take different ones.
+
+    Args:
+        names: without end, in one folder.
+
+    Returns:
+        The path written.
+
+    Raises:
+        DiskError: no space, no permission; nothing is left behind.
+    """
+    first = next(names)
+    with _sibling_file(first) as partial:
+        partial.write_bytes(data)
+        _fsync_file(partial)
+        for path in itertools.chain([first], names):
+            with contextlib.suppress(FileExistsError):
+                _take_name(partial, path)
+                break
+        _fsync_folder(path.parent)
+    return path
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Gives a whole file a name that nothing has, by a link, since a rename would replace what has it.
+
+    Raises:
+        FileExistsError: something has it.
+    """
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in _LINKLESS_ERRNOS:
+            raise
+        path.open("xb").close()  # an empty file holds the name meanwhile
+        partial.replace(path)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -132,8 +184,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
-                    with file.open("rb+") as handle:
-                        os.fsync(handle.fileno())
+                    _fsync_file(file)
                 else:
                     _fsync_folder(file)
             _fsync_folder(partial)

@@ -1,7 +1,9 @@
+import errno
 import io
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +19,6 @@ from mlx_cm.images import (
     encode_image,
     from_pil,
     image_format,
-    next_free_path,
     open_image,
     save_image,
     to_pil,
@@ -377,16 +378,46 @@ def test_a_file_or_folder_in_the_way_is_a_disk_error(tmp_path):
         save_image(noisy(), tmp_path / "folder.png")
 
 
-def test_next_free_path_counts_up(tmp_path):
-    path = tmp_path / "x.y.png"
-    assert next_free_path(path) == path
-    path.write_text("")
-    assert next_free_path(path) == tmp_path / "x.y_1.png"
-    (tmp_path / "x.y_1.png").symlink_to("nowhere")
-    assert next_free_path(path) == tmp_path / "x.y_2.png"
+@pytest.fixture(params=[None, errno.EPERM, errno.ENOTSUP], ids=["links", "Linux's FAT", "macOS's exFAT"])
+def linking(request, monkeypatch):
+    """A file system, and those that cannot give a file two names."""
+
+    def refuse(*_):
+        raise OSError(request.param, "no links here")
+
+    if request.param:
+        monkeypatch.setattr("mlx_cm.storage.os.link", refuse)
 
 
-def test_savers_at_once_take_different_names(tmp_path):
+def test_the_next_free_name_counts_up(tmp_path, linking):
+    path, taken = tmp_path / "x.y.png", tmp_path / "x.y_1.png"
+    assert save_image(noisy(seed=1), path, overwrite=False) == path
+    taken.symlink_to("nowhere")
+    (tmp_path / "x.y_2.png").mkdir()
+    before = path.read_bytes()
+    last = save_image(noisy(seed=2), path, overwrite=False)
+    assert last == tmp_path / "x.y_3.png"
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, taken.name, "x.y_2.png", last.name}
+    assert (path.read_bytes(), taken.is_symlink()) == (before, True)
+    assert np.array_equal(np.asarray(open_image(last)), np.asarray(noisy(seed=2)))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_interruption_leaves_no_file(tmp_path, monkeypatch, overwrite):
+    seen = []
+
+    def interrupt(*_):
+        seen.extend(entry.name for entry in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_cm.storage.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_image(noisy(), tmp_path / "x.png", overwrite=overwrite)
+    assert [Path(name).suffix for name in seen] == [".partial"]  # a kill at this moment leaves nothing else
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_savers_at_once_take_different_names(tmp_path, linking):
     path, written, lock = tmp_path / "new" / "x.png", [], threading.Lock()
 
     def work(seed):
