@@ -200,16 +200,16 @@ def _replace_folder(new: Path, path: Path) -> None:
         new.replace(path)
         return
     aside = _partial_sibling(path)
-    path.replace(aside)
     try:
+        path.replace(aside)
         new.replace(path)
-    except BaseException:
-        aside.replace(path)
-        raise
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+    finally:  # an interruption included
+        if not os.path.lexists(path):
+            aside.replace(path)
+        elif aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -589,10 +589,13 @@ except DiskError as error:
 
 
 class Failing:
-    """Lets the n-th operation on the disk fail: making a folder, opening for writing, writing, flushing, renaming."""
+    """Lets the n-th operation on the disk fail, or what follows it, if `late`.
 
-    def __init__(self, monkeypatch, at: int, error: BaseException):
-        self.at, self.error, self.done = at, error, []
+    Operations are making a folder, opening for writing, writing, flushing, renaming.
+    """
+
+    def __init__(self, monkeypatch, at: int, error: BaseException, late: bool):
+        self.at, self.error, self.late, self.done = at, error, late, []
         real_open, real_mkdir, real_replace, real_fsync = io.open, os.mkdir, os.replace, os.fsync
         outer = self
 
@@ -610,19 +613,16 @@ class Failing:
                 return getattr(self.file, name)
 
             def write(self, data):
-                outer.step("write")
-                return self.file.write(data)
+                return outer.step("write", self.file.write, data)
 
         def opening(file, mode="r", *args, **kwargs):
             if not set(mode) & set("wax+"):
                 return real_open(file, mode, *args, **kwargs)
-            outer.step("open")
-            return Writing(real_open(file, mode, *args, **kwargs))
+            return Writing(outer.step("open", real_open, file, mode, *args, **kwargs))
 
         def stepping(name, function):
             def call(*args, **kwargs):
-                outer.step(name)
-                return function(*args, **kwargs)
+                return outer.step(name, function, *args, **kwargs)
 
             return call
 
@@ -631,10 +631,15 @@ class Failing:
         monkeypatch.setattr(os, "replace", stepping("replace", real_replace))
         monkeypatch.setattr(os, "fsync", stepping("fsync", real_fsync))
 
-    def step(self, name: str) -> None:
+    def step(self, name: str, function: Callable, *args, **kwargs):
         self.done.append(name)
-        if len(self.done) - 1 == self.at:
+        fails = len(self.done) - 1 == self.at
+        if fails and not self.late:
             raise self.error
+        result = function(*args, **kwargs)
+        if fails:
+            raise self.error
+        return result
 
 
 SMALL = CONDITIONAL | {
@@ -647,9 +652,17 @@ SMALL = CONDITIONAL | {
 }
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "late"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (KeyboardInterrupt(), False),
+        (KeyboardInterrupt(), True),
+    ],
+    ids=["disk full", "interrupted before", "interrupted after"],
+)
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwritten"])
-def test_a_failure_at_any_point_leaves_nothing_half_done(existing, error, tmp_path, out):
+def test_a_failure_at_any_point_leaves_nothing_half_done(existing, error, late, tmp_path, out):
     make_unet(SMALL).save_pretrained(tmp_path / "unet")
     old = {"model_index.json": b"{}", "unet/old": b"old"}
 
@@ -660,7 +673,7 @@ def test_a_failure_at_any_point_leaves_nothing_half_done(existing, error, tmp_pa
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(data)
         with pytest.MonkeyPatch.context() as patch:
-            failing = Failing(patch, at, error)
+            failing = Failing(patch, at, error, late)
             convert(tmp_path / "unet", out, Options(overwrite=existing, verify=True))
         return failing.done
 
@@ -677,7 +690,7 @@ def test_a_failure_at_any_point_leaves_nothing_half_done(existing, error, tmp_pa
         with pytest.raises(expected):
             attempt(at)
         # Once the folder has its name, it is complete whatever comes after.
-        renamed = "replace" in steps[:at] and steps[:at].count("replace") == steps.count("replace")
+        renamed = steps[: at + late].count("replace") == steps.count("replace")
         assert tree(out.parent) == {
             f"native/{key}": value for key, value in (complete if renamed else old if existing else {}).items()
         }, (at, name)
