@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -270,19 +269,12 @@ def save_image(
 
     Raises:
         UsageError: see `image_format` and `encode_image`.
-        DiskError: writing fails; nothing is left behind.
+        DiskError: writing fails; nothing half-written is left behind.
     """
     path = Path(path)
     data = encode_image(image, image_format(path, format), recipe=recipe, parameters=parameters, quality=quality)
     if not overwrite:
-        return write_under_free_name(_numbered(path), data)
+        return write_under_free_name(path, data)
     with atomic_file(path) as partial:
         partial.write_bytes(data)
     return path
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    """`x.png`, `x_1.png`, `x_2.png`, ..."""
-    yield path
-    for number in itertools.count(1):
-        yield path.with_name(f"{path.stem}_{number}{path.suffix}")

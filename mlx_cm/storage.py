@@ -119,28 +119,33 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
 
 
-def write_under_free_name(names: Iterator[Path], data: bytes) -> Path:
-    """Writes a file under the first name that nothing has; programs that do so at once take different ones.
+def write_under_free_name(path: Path, data: bytes) -> Path:
+    """Writes a file as `x.png`, or the first of `x_1.png`, `x_2.png`, ... that nothing has.
 
-    Args:
-        names: without end, in one folder.
+    Programs that do so at once take different names.
 
     Returns:
         The path written.
 
     Raises:
-        DiskError: no space, no permission; nothing is left behind.
+        DiskError: no space, no permission; nothing half-written is left behind.
     """
-    first = next(names)
-    with _sibling_file(first) as partial:
+    path = Path(path)
+    with _sibling_file(path) as partial:
         partial.write_bytes(data)
         _fsync_file(partial)
-        for path in itertools.chain([first], names):
+        for free in _numbered(path):
             with contextlib.suppress(FileExistsError):
-                _take_name(partial, path)
+                _take_name(partial, free)
                 break
         _fsync_folder(path.parent)
-    return path
+    return free
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.stem}_{number}{path.suffix}")
 
 
 def _take_name(partial: Path, path: Path) -> None:
@@ -155,7 +160,11 @@ def _take_name(partial: Path, path: Path) -> None:
         if error.errno not in _LINKLESS_ERRNOS:
             raise
         path.open("xb").close()  # an empty file holds the name meanwhile
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        finally:
+            if partial.exists():
+                path.unlink()
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -1,8 +1,6 @@
 """Whole conversions: every published form of a pixel model, and every way in which one can go wrong."""
 
-import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,6 +15,7 @@ import pytest
 import safetensors.numpy
 import torch
 from diffusers import ConsistencyModelPipeline, UNet2DModel
+from failing_disk import FAILURES, Failing
 from mlx.utils import tree_flatten
 from openai_names import openai_state_dict
 from parity import channels_last
@@ -588,60 +587,6 @@ except DiskError as error:
     assert list(out.parent.iterdir()) == []
 
 
-class Failing:
-    """Lets the n-th operation on the disk fail, or what follows it, if `late`.
-
-    Operations are making a folder, opening for writing, writing, flushing, renaming.
-    """
-
-    def __init__(self, monkeypatch, at: int, error: BaseException, late: bool):
-        self.at, self.error, self.late, self.done = at, error, late, []
-        real_open, real_mkdir, real_replace, real_fsync = io.open, os.mkdir, os.replace, os.fsync
-        outer = self
-
-        class Writing:
-            def __init__(self, file):
-                self.file = file
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *reason):
-                self.file.close()
-
-            def __getattr__(self, name):
-                return getattr(self.file, name)
-
-            def write(self, data):
-                return outer.step("write", self.file.write, data)
-
-        def opening(file, mode="r", *args, **kwargs):
-            if not set(mode) & set("wax+"):
-                return real_open(file, mode, *args, **kwargs)
-            return Writing(outer.step("open", real_open, file, mode, *args, **kwargs))
-
-        def stepping(name, function):
-            def call(*args, **kwargs):
-                return outer.step(name, function, *args, **kwargs)
-
-            return call
-
-        monkeypatch.setattr(io, "open", opening)
-        monkeypatch.setattr(os, "mkdir", stepping("mkdir", real_mkdir))
-        monkeypatch.setattr(os, "replace", stepping("replace", real_replace))
-        monkeypatch.setattr(os, "fsync", stepping("fsync", real_fsync))
-
-    def step(self, name: str, function: Callable, *args, **kwargs):
-        self.done.append(name)
-        fails = len(self.done) - 1 == self.at
-        if fails and not self.late:
-            raise self.error
-        result = function(*args, **kwargs)
-        if fails:
-            raise self.error
-        return result
-
-
 SMALL = CONDITIONAL | {
     "block_out_channels": (8,),
     "norm_num_groups": 2,
@@ -652,15 +597,7 @@ SMALL = CONDITIONAL | {
 }
 
 
-@pytest.mark.parametrize(
-    ("error", "late"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (KeyboardInterrupt(), False),
-        (KeyboardInterrupt(), True),
-    ],
-    ids=["disk full", "interrupted before", "interrupted after"],
-)
+@pytest.mark.parametrize(("error", "late"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwritten"])
 def test_a_failure_at_any_point_leaves_nothing_half_done(existing, error, late, tmp_path, out):
     make_unet(SMALL).save_pretrained(tmp_path / "unet")

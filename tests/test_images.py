@@ -1,14 +1,16 @@
 import errno
 import io
+import os
+import shutil
 import struct
 import threading
 import zlib
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from diffusers.image_processor import VaeImageProcessor
+from failing_disk import FAILURES, Failing
 from PIL import Image, ImageCms
 
 from mlx_cm import images, metadata
@@ -402,19 +404,44 @@ def test_the_next_free_name_counts_up(tmp_path, linking):
     assert np.array_equal(np.asarray(open_image(last)), np.asarray(noisy(seed=2)))
 
 
+# Without links, what comes right after an empty file has taken the name leaves that: `storage._take_name`.
+@pytest.mark.parametrize(
+    ("linking", "failure"),
+    [*((None, failure) for failure in FAILURES), (errno.EPERM, "disk full"), (errno.EPERM, "interrupted before")],
+    indirect=["linking"],
+)
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_interruption_leaves_no_file(tmp_path, monkeypatch, overwrite):
-    seen = []
+def test_a_failure_at_any_point_leaves_a_whole_picture_or_none(tmp_path, linking, overwrite, failure):
+    path, (error, late) = tmp_path / "new" / "x.png", FAILURES[failure]
 
-    def interrupt(*_):
-        seen.extend(entry.name for entry in tmp_path.iterdir())
-        raise KeyboardInterrupt
+    def attempt(at: int) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            failing = Failing(patch, at, error, late)
+            save_image(noisy(), path, overwrite=overwrite)
+        return failing.done
 
-    monkeypatch.setattr("mlx_cm.storage.os.fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_image(noisy(), tmp_path / "x.png", overwrite=overwrite)
-    assert [Path(name).suffix for name in seen] == [".partial"]  # a kill at this moment leaves nothing else
-    assert list(tmp_path.iterdir()) == []
+    steps = attempt(-1)
+    assert {"mkdir", "open", "write", "fsync"} < set(steps)
+    whole = path.read_bytes()
+    for at, name in enumerate(steps):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        with pytest.raises(DiskError if isinstance(error, OSError) else KeyboardInterrupt):
+            attempt(at)
+        is_named = ("replace" if "replace" in steps else "link") in steps[: at + late]
+        assert [entry.read_bytes() for entry in path.parent.glob("*")] == [whole] * is_named, (at, name)
+
+
+def test_a_name_appears_with_the_whole_picture(tmp_path, monkeypatch):
+    """So that a kill while it is flushed, which takes longest, leaves no other file in its place."""
+    seen, flush = [], os.fsync
+
+    def watched(descriptor):
+        seen.append({entry.suffix for entry in tmp_path.iterdir()})
+        flush(descriptor)
+
+    monkeypatch.setattr("mlx_cm.storage.os.fsync", watched)
+    save_image(noisy(), tmp_path / "x.png", overwrite=False)
+    assert seen[0] == {".partial"}
 
 
 def test_savers_at_once_take_different_names(tmp_path, linking):
