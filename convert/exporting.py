@@ -14,7 +14,7 @@ from mlx_cm.convert.latent_parts import TOKENIZERS, tokenizer_files
 from mlx_cm.convert.planning import CONFIG
 from mlx_cm.convert.readers import open_checkpoint
 from mlx_cm.convert.schedulers import SCHEDULER, SCHEDULER_CONFIG, discrete_scheduler_config, karras_scheduler_config
-from mlx_cm.errors import DiskError, ModelError, UsageError
+from mlx_cm.errors import ModelError, UsageError
 from mlx_cm.model_folder import (
     MODEL_INDEX,
     MODELS,
@@ -29,7 +29,7 @@ from mlx_cm.model_folder import (
 from mlx_cm.models.clip_text import CLIPTextConfig
 from mlx_cm.pipelines.latent import LatentSettings
 from mlx_cm.pipelines.pixel import PixelSettings
-from mlx_cm.storage import TensorSource, atomic_folder, write_json, write_safetensors
+from mlx_cm.storage import TensorSource, atomic_folder, check_free, write_json, write_safetensors
 
 DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
 # Class here => library, class there, and the name of its weights; a text encoder's class is in its config.
@@ -70,8 +70,7 @@ def export(folder: Path, destination: Path, *, overwrite: bool = False) -> Path:
         DiskError: the destination exists, or there is not enough space.
     """
     folder, destination = Path(folder), Path(destination)
-    if destination.exists() and not overwrite:
-        raise DiskError(str(destination), "exists already", "choose another name or pass --overwrite")
+    check_free(destination, overwrite)
     if folder.resolve().is_relative_to(destination.resolve()):
         raise UsageError(str(destination), "holds the source, which would be overwritten")
     index = read_model_index(folder)

@@ -173,7 +173,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     Raises:
         DiskError: `path` exists and `overwrite` is false.
     """
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise DiskError(str(path), "exists already", "choose another name or pass --overwrite")
 
 
@@ -205,7 +205,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _replace_folder(new: Path, path: Path) -> None:
     """A folder cannot be renamed over a full one: the old one steps aside first and comes back if the rename fails."""
-    if not path.exists():
+    if not os.path.lexists(path):
         new.replace(path)
         return
     aside = _partial_sibling(path)

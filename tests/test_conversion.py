@@ -533,6 +533,16 @@ def test_an_existing_result_is_not_overwritten(published, out):
     assert tree(out) == {"mine": b"kept"}
 
 
+def test_a_link_to_nowhere_is_in_the_way_too(published, out):
+    out.symlink_to("nowhere")
+    with pytest.raises(DiskError, match="exists already"):
+        convert(published, out)
+    assert out.is_symlink()
+    convert(published, out, Options(overwrite=True))
+    assert not out.is_symlink()
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_an_existing_result_is_overwritten_on_request(published, out):
     out.mkdir()
     (out / "mine").write_text("gone")
