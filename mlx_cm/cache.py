@@ -10,14 +10,12 @@ The root is `$MLX_CM_CACHE`, else `$XDG_CACHE_HOME/mlx-cm`, else `~/.cache/mlx-c
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from pathlib import Path
 from huggingface_hub.utils import WeakFileLock
 
 from mlx_cm.errors import ModelError, UsageError
-from mlx_cm.storage import disk_errors, read_json
+from mlx_cm.storage import disk_errors, partial_sibling, partials, read_json
 
 STALE_SECONDS = 3600  # a .partial folder in which nothing was written for this long belongs to no living process
 
@@ -184,8 +182,7 @@ def remove(entry: Entry) -> int:
     freed = 0
     with conversion_lock(entry.path), disk_errors(entry.path):
         if entry.path.exists():
-            aside = entry.path.with_name(f".{entry.path.name}.{uuid.uuid4().hex[:8]}.partial")
-            entry.path.rename(aside)
+            entry.path.rename(partial_sibling(entry.path))
         freed += remove_leftovers(entry.path)
     return freed + remove_stale()
 
@@ -196,8 +193,7 @@ def remove_leftovers(entry: Path) -> int:
     Returns:
         Freed bytes.
     """
-    pattern = f".{glob.escape(entry.name)}.{'[0-9a-f]' * 8}.partial"
-    return sum(_delete(partial) for partial in entry.parent.glob(pattern))
+    return sum(_delete(path) for path in partials(entry.parent, entry.name))
 
 
 def remove_stale() -> int:
@@ -207,7 +203,8 @@ def remove_stale() -> int:
         Freed bytes.
     """
     root, freed = cache_root(), 0
-    for partial in [*root.glob(f"{_MODELS}/*/.*.partial"), *root.glob(f"{_LOCAL}/.*.partial")]:
+    places = [root / _LOCAL, *root.glob(f"{_MODELS}/*")]
+    for partial in [partial for place in places for partial in partials(place)]:
         with contextlib.suppress(FileNotFoundError):  # its writer finished, or another process cleans up too
             last_write = max(file.lstat().st_mtime for file in [partial, *partial.rglob("*")])
             if time.time() - last_write > STALE_SECONDS:

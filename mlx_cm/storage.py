@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -74,8 +75,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(str(path), _DISK_ERRNOS[error.errno], "free some space or choose another place") from error
 
 
-def _partial_sibling(path: Path) -> Path:
+def partial_sibling(path: Path) -> Path:
+    """A temporary name beside a file or folder, another one each time."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def partials(folder: Path, of: str | None = None, *, deep: bool = False) -> list[Path]:
+    """The temporary siblings in a folder: what is being written there, or was when its process was killed.
+
+    Args:
+        of: the name of what they are siblings of; None: of anything.
+        deep: whether to look in all folders below too.
+    """
+    meant = r".+" if of is None else re.escape(of)
+    is_partial = re.compile(rf"\.{meant}\.[0-9a-f]{{8}}\.partial", re.DOTALL).fullmatch
+    return [path for path in (folder.rglob if deep else folder.glob)(".*.partial") if is_partial(path.name)]
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -90,7 +104,7 @@ def _fsync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def _sibling_file(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling to write, which is gone afterwards unless it was renamed."""
-    partial = _partial_sibling(path)
+    partial = partial_sibling(path)
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +200,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_free(path, overwrite)
-    partial = _partial_sibling(path)
+    partial = partial_sibling(path)
     with disk_errors(path):
         try:
             partial.mkdir(parents=True)
@@ -208,7 +222,7 @@ def _replace_folder(new: Path, path: Path) -> None:
     if not os.path.lexists(path):
         new.replace(path)
         return
-    aside = _partial_sibling(path)
+    aside = partial_sibling(path)
     try:
         path.replace(aside)
         new.replace(path)

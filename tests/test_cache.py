@@ -166,7 +166,7 @@ def test_entries_tell_what_is_known(root, source):
     wrong = convert(cache.hub_entry("wrong/x", OTHER), {"provenance": {"family": 3, "revision": None}})
     odd = convert(cache.hub_entry("odd/x", OTHER), {"provenance": ["x"]})
     local = convert(cache.local_entry(source), {"provenance": {"source": source.name, "family": "cm"}})
-    (root / "models" / "owner--name" / ".0123.abc.partial").mkdir()
+    (root / "models" / "owner--name" / ".0123.0123abcd.partial").mkdir()
     (root / "models" / "owner--name" / "notes.txt").write_text("no folder")
 
     found = {entry.path: entry for entry in cache.entries()}
@@ -222,7 +222,7 @@ def test_remove(root):
 
 def test_remove_takes_stale_leftovers_along(root):
     convert(cache.hub_entry("owner/name", COMMIT), {})
-    leftovers = [root / "models" / "owner--name" / f".{name}.partial" for name in ("stale", "living", "deep")]
+    leftovers = [root / "models" / "owner--name" / f".{name}.0123abcd.partial" for name in ("stale", "living", "deep")]
     for folder in leftovers:
         (folder / "unet").mkdir(parents=True)
         (folder / "unet" / "model.safetensors").write_bytes(bytes(700))

@@ -17,7 +17,7 @@ import safetensors
 
 from mlx_cm.cache import conversion_lock
 from mlx_cm.errors import ModelError
-from mlx_cm.storage import TensorSource, atomic_file, check_safetensors, disk_errors, write_safetensors
+from mlx_cm.storage import TensorSource, atomic_file, check_safetensors, disk_errors, partials, write_safetensors
 
 log = logging.getLogger("mlx_cm")
 
@@ -142,7 +142,7 @@ class FeatureStore:
 
     def _remove_leftovers(self) -> None:
         """Removes what a killed process had begun to write; whoever holds the lock is the only one to write."""
-        for partial in self.folder.glob(".*.safetensors.*.partial"):
+        for partial in partials(self.folder):
             with disk_errors(partial):
                 partial.unlink(missing_ok=True)
 

@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,14 +22,13 @@ from typing import Any
 
 import mlx_cm
 from mlx_cm.errors import DiskError, ModelError, UsageError
-from mlx_cm.storage import atomic_file, disk_errors, read_json, write_json
+from mlx_cm.storage import atomic_file, disk_errors, partials, read_json, write_json
 from mlx_cm.training.settings import changed_settings, read_settings, settings_to_dict, to_toml
 
 log = logging.getLogger("mlx_cm")
 
 CONFIG, STARTED, LOG, CURVE = "config.toml", "run.json", "log.csv", "loss.png"
 CHECKPOINTS, SAMPLES, MODEL, LORA = "checkpoints", "samples", "model", "lora"
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what a process that was killed had begun to write
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def reserved(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DiskError(str(folder), "is in use: another process trains there") from None
-        for path in [path for path in folder.rglob(".*.partial") if LEFTOVER.fullmatch(path.name)]:
+        for path in partials(folder, deep=True):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
